@@ -1,0 +1,129 @@
+"""Outputs of the last finished layer, batch by batch: in memory up to a limit, past it in memory-mapped files.
+
+With a folder, every finished layer is also written there, so that an interrupted walk goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils import _pytree as pytree
+
+from understudy.errors import OutputError
+
+
+class ActivationStore:
+    """Two generations of layer outputs: the one that is read and the one that is being written.
+
+    Args:
+        limit: bytes that may be held in memory.
+        folder: where finished layers are kept for resuming; without it nothing outlives the store.
+        device: where `get` puts tensors.
+    """
+
+    def __init__(self, limit: int, folder: Path | None = None, device: torch.device | str = "cpu") -> None:
+        self.limit, self.device, self.persistent = limit, torch.device(device), folder is not None
+        self._own = None if folder else tempfile.TemporaryDirectory(prefix="understudy-")
+        self.folder = folder or Path(self._own.name)  # type: ignore[union-attr]
+        self._read: dict[int, Any] = {}
+        self._written: dict[int, Any] = {}
+        self._held = 0
+        self._last: Path | None = None
+
+    def put(self, number: int, output: Any) -> None:
+        """Take the output (any nest of tensors) of a batch for the layer that is being walked."""
+        moved = pytree.tree_map(lambda x: x.to("cpu") if isinstance(x, torch.Tensor) else x, output)
+        size = sum(t.nbytes for t in pytree.tree_leaves(moved) if isinstance(t, torch.Tensor))
+        # What is read and what is written live side by side, hence the factor.
+        if 2 * (self._held + size) <= self.limit:
+            self._held += size
+            self._written[number] = moved
+        else:
+            self._written[number] = self._write(self._next(), number, moved)
+
+    def get(self, number: int) -> Any:
+        """The output of a batch at the last committed layer, on `device`."""
+        value = self._read[number]
+        if isinstance(value, Path):
+            value = _load(value)
+        return pytree.tree_map(lambda x: x.to(self.device) if isinstance(x, torch.Tensor) else x, value)
+
+    def commit(self, layer: int) -> None:
+        """Make what was put the generation that is read; on disk, too, if the store is persistent."""
+        spilled = any(isinstance(v, Path) for v in self._written.values())
+        final = self.folder / f"layer-{layer}"
+        if self.persistent or spilled:
+            staging = self._next()
+            staging.mkdir(parents=True, exist_ok=True)
+            if self.persistent:
+                for number, value in self._written.items():
+                    if not isinstance(value, Path):
+                        self._write(staging, number, value)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(staging, final)
+            for number, value in self._written.items():
+                if isinstance(value, Path):
+                    self._written[number] = final / value.name
+        self._read, self._written, self._held = self._written, {}, 0
+        if self._last is not None:
+            shutil.rmtree(self._last, ignore_errors=True)
+        self._last = final if (self.persistent or spilled) else None
+
+    def resume(self, batches: int) -> int | None:
+        """Open the last layer that an earlier store committed to the same folder; None where there is none."""
+        shutil.rmtree(self._next(), ignore_errors=True)
+        found = sorted((int(p.name.split("-")[1]), p) for p in self.folder.glob("layer-*"))
+        while found:
+            layer, path = found.pop()
+            files = [path / _name(n) for n in range(batches)]
+            if all(f.exists() for f in files):
+                for _, older in found:
+                    shutil.rmtree(older, ignore_errors=True)
+                self._read, self._last = dict(enumerate(files)), path
+                return layer
+            shutil.rmtree(path, ignore_errors=True)
+        return None
+
+    def forget(self) -> None:
+        """Drop whatever an earlier store left in the folder."""
+        for path in [*self.folder.glob("layer-*"), self._next()]:
+            shutil.rmtree(path, ignore_errors=True)
+        self._read, self._last = {}, None
+
+    def _next(self) -> Path:
+        return self.folder / "next"
+
+    def _write(self, folder: Path, number: int, value: Any) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / _name(number)
+        leaves, spec = pytree.tree_flatten(value)
+        tensors = {str(i): t.contiguous().clone() for i, t in enumerate(leaves) if isinstance(t, torch.Tensor)}
+        rest = {str(i): x for i, x in enumerate(leaves) if not isinstance(x, torch.Tensor)}
+        header = {"spec": pytree.treespec_dumps(spec), "rest": json.dumps(rest)}
+        try:
+            save_file(tensors, path, metadata=header)
+        except OSError as error:
+            raise OutputError(f"{path}: activations cannot be written ({error.strerror}); free disk space") from None
+        return path
+
+
+def _name(number: int) -> str:
+    return f"{number:06d}.safetensors"
+
+
+def _load(path: Path) -> Any:
+    from safetensors import safe_open
+
+    tensors = load_file(path)  # memory-mapped: pages come in as they are used
+    with safe_open(path, framework="pt") as f:
+        header = f.metadata()
+    leaves: dict[int, Any] = {int(k): v for k, v in tensors.items()}
+    leaves.update({int(k): v for k, v in json.loads(header["rest"]).items()})
+    return pytree.tree_unflatten([leaves[i] for i in range(len(leaves))], pytree.treespec_loads(header["spec"]))

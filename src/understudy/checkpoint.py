@@ -1,0 +1,259 @@
+"""Read a model folder: safetensors headers, single tensors by position, and what identifies the model.
+
+Weights are read with `pread` into fresh buffers instead of through a memory map: a map keeps every touched page of a
+shard resident until it is closed, which would break the promise that memory is bounded by one layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from understudy.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+}
+DTYPE_NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
+_SAMPLE = 64  # bytes of each tensor that enter the fingerprint
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a checkpoint: where it lies, `dtype` as safetensors spells it, `start` and `nbytes` in bytes."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.nbytes // DTYPES[self.dtype][1]
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Parse and check the header of one safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or its header does not describe its bytes.
+    """
+    hint = "fetch this file again"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise CheckpointError(f"{path}: truncated ({size} bytes, header missing); {hint}")
+            header = json.loads(f.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: this shard is missing; {hint}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise CheckpointError(f"{path}: not a safetensors file (its header is not JSON); {hint}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    header.pop("__metadata__", None)
+    entries, begin, end = {}, 8 + length, 0
+    for name, item in header.items():
+        try:
+            (a, b), dtype, shape = item["data_offsets"], item["dtype"], tuple(item["shape"])
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{path}: corrupt header at tensor {name!r}; {hint}") from None
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype}, which is not supported")
+        if b - a != int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype][1] or a < 0:
+            raise CheckpointError(f"{path}: corrupt header, the size of tensor {name!r} does not fit its shape; {hint}")
+        entries[name] = TensorEntry(name, path.name, dtype, shape, begin + a, b - a)
+        end = max(end, b)
+    if begin + end != size:
+        state = "truncated" if size < begin + end else "corrupt"
+        raise CheckpointError(f"{path}: {state}, {size} bytes where its header says {begin + end}; {hint}")
+    return entries
+
+
+class Checkpoint:
+    """A model folder on disk, opened for reading; no weight is read before it is asked for.
+
+    Raises:
+        CheckpointError: no folder, no config.json, no safetensors, a shard missing or damaged, or an index that points
+            outside the folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder}: no such model folder")
+        self.config: dict[str, Any] = self._json("config.json")
+        self.entries: dict[str, TensorEntry] = {}
+        for file in self._files():
+            found = read_header(self.folder / file)
+            self.entries.update({k: v for k, v in found.items() if self._index is None or self._index.get(k) == file})
+        if self._index is not None and (absent := sorted(set(self._index) - set(self.entries))):
+            raise CheckpointError(
+                f"{self.folder}: {len(absent)} tensors of the index are in no shard, the first is {absent[0]!r}; "
+                "fetch the folder again"
+            )
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            loaded = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.folder}: has no {name}, so it is not a model folder") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{self.folder / name}: not valid JSON ({error})") from None
+        if not isinstance(loaded, dict):
+            raise CheckpointError(f"{self.folder / name}: not a JSON object")
+        return loaded
+
+    @cached_property
+    def _index(self) -> dict[str, str] | None:
+        if not (self.folder / INDEX).exists():
+            return None
+        weight_map = self._json(INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{self.folder / INDEX}: has no weight_map")
+        return weight_map
+
+    def _files(self) -> list[str]:
+        if self._index is None:
+            if not (self.folder / SINGLE).exists():
+                raise CheckpointError(
+                    f"{self.folder}: has neither {SINGLE} nor {INDEX}; only safetensors are read, convert it first"
+                )
+            return [SINGLE]
+        files = sorted(set(self._index.values()))
+        for file in files:
+            # A shard may itself be a link into a download cache; what must not happen is an index that walks away.
+            if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", ".."):
+                raise CheckpointError(f"{self.folder / INDEX}: points outside its folder ({file!r}); refused")
+        return files
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(e.nbytes for e in self.entries.values())
+
+    @property
+    def other_files(self) -> list[Path]:
+        """Files beside the weights and config.json that belong to the model (tokenizer, generation config, ...)."""
+        weights = set(self._files()) | {INDEX, "config.json", "README.md"}
+        ours = (p for p in sorted(self.folder.iterdir()) if p.is_file() and p.name not in weights)
+        foreign = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".pkl", ".pickle")
+        return [p for p in ours if not p.name.startswith(".") and p.suffix not in foreign and ".index." not in p.name]
+
+    def raw(self, entry: TensorEntry, start: int = 0, nbytes: int | None = None) -> bytearray:
+        """Read the bytes of one tensor, or a part of them."""
+        wanted = entry.nbytes - start if nbytes is None else nbytes
+        buffer = bytearray(wanted)
+        path, view, done = self.folder / entry.file, memoryview(buffer), 0
+        try:
+            with path.open("rb", buffering=0) as f:
+                f.seek(entry.start + start)
+                while done < wanted:
+                    got = f.readinto(view[done:])
+                    if not got:
+                        raise CheckpointError(f"{path}: ends inside tensor {entry.name!r}; fetch this file again")
+                    done += got
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+        return buffer
+
+    def read(self, name: str) -> Any:
+        """Read one tensor as a `torch.Tensor` of its own dtype and shape."""
+        import torch
+
+        entry = self.entries[name]
+        dtype = getattr(torch, DTYPES[entry.dtype][0])
+        if not entry.nbytes:
+            return torch.empty(entry.shape, dtype=dtype)
+        return torch.frombuffer(self.raw(entry), dtype=dtype).reshape(entry.shape)
+
+    def lazy(self, name: str) -> LazyTensor:
+        """A tensor that is read when it is indexed, as transformers' loader expects of a safetensors slice."""
+        return LazyTensor(self, name)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identify the weights: names, dtypes, shapes and the first and last bytes of every tensor; not the sharding.
+
+        Sixty-four bytes of each tensor tell a fine-tuned sibling from its parent without reading the whole folder.
+        """
+        digest = hashlib.sha256()
+        for file in sorted({e.file for e in self.entries.values()}):
+            self.raw(TensorEntry("", file, "U8", (), 0, 0))  # an unreadable shard is reported by name
+        parts: dict[str, bytes] = {}
+        for entry in self._by_file():
+            head = min(entry.nbytes, _SAMPLE // 2)
+            parts[entry.name] = bytes(self.raw(entry, 0, head)) + bytes(self.raw(entry, entry.nbytes - head, head))
+        for name in sorted(self.entries):
+            entry = self.entries[name]
+            digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\0".encode())
+            digest.update(parts[name])
+        return digest.hexdigest()[:32]
+
+    def _by_file(self) -> Iterator[TensorEntry]:
+        yield from sorted(self.entries.values(), key=lambda e: (e.file, e.start))
+
+
+class LazyTensor:
+    """Looks like a safetensors slice: `x[...]` reads it, `get_dtype` and `get_shape` do not."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
+
+    def __getitem__(self, item: Any) -> Any:
+        return self._checkpoint.read(self._name)[item]
+
+    def get_dtype(self) -> str:
+        """Dtype as safetensors spells it."""
+        return self._checkpoint.entries[self._name].dtype
+
+    def get_shape(self) -> list[int]:
+        """Shape."""
+        return list(self._checkpoint.entries[self._name].shape)
+
+
+def resolve(model: str | os.PathLike[str]) -> Path:
+    """Turn a local folder or a hub id into a local folder; a local folder never touches the network.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that the hub client can fetch.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    text = str(model)
+    if text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise CheckpointError(f"{text}: no such model folder, and not the form of a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "*.py"]
+    try:
+        return Path(snapshot_download(text, allow_patterns=wanted))
+    except Exception as error:  # the hub client raises its own, requests' and OS errors; all mean the same to a user
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{text}: no such folder, and the hub could not deliver it ({reason})") from None

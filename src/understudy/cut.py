@@ -1,0 +1,79 @@
+"""What cutting one layer changes in a checkpoint, and the names that new tensors get there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from transformers.core_model_loading import revert_weight_conversion
+
+from understudy.checkpoint import Checkpoint
+from understudy.experts import install_constants
+from understudy.layout import ExpertTensors
+from understudy.loading import adapt_conversions
+from understudy.plan import Plan
+from understudy.moe import expert_dim
+from understudy.shards import Piece, rows, whole
+from understudy.skeleton import Skeleton, quiet_transformers
+
+
+@dataclass(frozen=True)
+class LayerCut:
+    """Source tensors that are not written, tensors written in another form, new ones, and what config.json declares."""
+
+    gone: set[str] = field(default_factory=set)
+    changed: dict[str, Piece] = field(default_factory=dict)  # by the name of the source tensor
+    added: list[Piece] = field(default_factory=list)
+    declared: dict[int, str] = field(default_factory=dict)  # original id to the tensor that answers for it
+
+
+def without_rows(checkpoint: Checkpoint, keys: Sequence[str], kept: Sequence[int]) -> dict[str, Piece]:
+    """Cut tensors with one row an expert to the rows of kept experts."""
+    cut = {}
+    for key in keys:
+        entry = checkpoint.entries[key]
+        if expert_dim(entry.shape, entry.shape[-1]) == 1:  # a single row `[1, E]`: its elements are the experts'
+            piece = rows(replace(entry, shape=entry.shape[1:]), kept)
+            cut[key] = replace(piece, shape=(1, *piece.shape))
+        else:
+            cut[key] = rows(entry, kept)
+    return cut
+
+
+def renamed(checkpoint: Checkpoint, tensors: ExpertTensors, key: str, old: int, new: int) -> Piece:
+    """Keep a tensor of expert `old` whole, under the name it has as expert `new`."""
+    parts = key.split(".")
+    assert parts[tensors.id_position] == str(old)
+    parts[tensors.id_position] = str(new)
+    return whole(checkpoint.entries[key], ".".join(parts))
+
+
+def tensor_bytes(value: torch.Tensor) -> bytes:
+    """Bytes of a CPU tensor in its own dtype, as safetensors stores them."""
+    return value.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def novice_names(source: Skeleton, plan: Plan) -> dict[str, dict[int, str]]:
+    """Tensor names for the constants of every layer, by the key of the layer and original id.
+
+    They are what transformers itself would call them on saving the compressed model, so that saving it again gives the
+    same names; they lie outside `experts`, where engines that do not know stand-ins refuse them.
+    """
+    wanted = {layer.key: sorted(plan.layers.get(layer.key, {}).get("constant", ())) for layer in source.layers}
+    if not any(wanted.values()):
+        return {}
+    model = source.build()
+    for layer in source.layers:
+        if wanted[layer.key]:
+            install_constants(model.get_submodule(layer.name), wanted[layer.key], layer.num_experts)
+    model._weight_conversions = adapt_conversions(source.used_conversions, model)
+    names: dict[str, dict[int, str]] = {}
+    for layer in source.layers:
+        if wanted[layer.key]:
+            name = f"{layer.name}.constants"
+            with quiet_transformers():
+                saved = revert_weight_conversion(model, {name: model.get_submodule(layer.name).constants})
+            assert len(saved) == len(wanted[layer.key])
+            names[layer.key] = dict(zip(wanted[layer.key], saved, strict=True))
+    return names

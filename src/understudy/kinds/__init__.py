@@ -1,0 +1,152 @@
+"""Kinds of stand-in: what an expert can become, a file each, found by looking into this folder.
+
+A kind says here what it is, what it costs and what it demands of a plan; none of that needs weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from understudy.errors import PlanError
+from understudy.facts import LayerFacts, ModelFacts
+from understudy.plan import Plan, check_model
+from understudy.registry import discover, lookup
+from understudy.stats import ExpertStats
+
+if TYPE_CHECKING:  # cutting needs torch, planning must not wait for it
+    from understudy.checkpoint import Checkpoint
+    from understudy.cut import LayerCut
+    from understudy.layout import ExpertTensors
+    from understudy.moe import MoELayer
+
+
+class Kind(ABC):
+    """A kind of stand-in as planning sees it.
+
+    Attributes:
+        name: as plans spell it.
+        description: one line for people.
+        needs: fields of `ExpertStats` that making the stand-ins reads.
+        unseen: what becomes of a replaced expert that saw no token, to finish the sentence "they ...".
+        renumbers: the kept experts move up and their router rows with them; such a kind takes the same number of
+            experts from every layer, and from every group of a group-limited router, and shares a layer with no other.
+    """
+
+    name: str
+    description: str
+    needs: tuple[str, ...] = ()
+    unseen: str
+    renumbers: bool = False
+
+    @abstractmethod
+    def stored_bytes(self, layer: LayerFacts, count: int) -> int:
+        """Return the bytes of the stand-ins of `count` experts of a layer."""
+
+    def freed_bytes(self, layer: LayerFacts, count: int) -> int:
+        """Return the bytes that leave the checkpoint with `count` experts of a layer."""
+        return layer.expert_bytes * count
+
+    def added_bytes(self, layer: LayerFacts, count: int) -> int:
+        """Return by how much a layer grows when `count` of its experts are replaced; negative where it shrinks."""
+        return self.stored_bytes(layer, count) - self.freed_bytes(layer, count)
+
+    def refuses(self, layer: LayerFacts) -> str | None:
+        """Return why this kind cannot be used in a layer at all, or None."""
+        return None
+
+    @abstractmethod
+    def most(self, layer: LayerFacts) -> int:
+        """Return how many experts of a layer can be replaced at most."""
+
+    @abstractmethod
+    def cut(
+        self,
+        layer: MoELayer,
+        tensors: ExpertTensors,
+        checkpoint: Checkpoint,
+        replaced: Sequence[int],
+        stats: ExpertStats | None,
+        names: Mapping[int, str],
+    ) -> LayerCut:
+        """Return what replacing experts of one layer changes in the checkpoint.
+
+        `names` gives the tensors of stand-ins by original id, where the kind stores any.
+        """
+
+    def answer(self, stats: ExpertStats, expert: int) -> np.ndarray | None:
+        """Return what a replaced expert answers every token, `[H]` float32; None where it is never asked."""
+        return None
+
+    @abstractmethod
+    def check(self, layers: Mapping[str, LayerFacts], ids: Mapping[str, Sequence[int]]) -> None:
+        """Refuse what this kind cannot do; `ids` holds its experts in every MoE layer, empty where there are none.
+
+        Raises:
+            PlanError: says which layer, why, and what to do.
+        """
+
+
+@functools.cache
+def all_kinds() -> dict[str, Kind]:
+    """Return every kind by name."""
+    return discover(__name__, Kind)  # type: ignore[type-abstract]
+
+
+def get_kind(name: str) -> Kind:
+    """Return a kind by name.
+
+    Raises:
+        PlanError: there is none; the nearest name is suggested.
+    """
+    return lookup(all_kinds(), name, "kind")
+
+
+def check_plan(plan: Plan, facts: ModelFacts | None = None) -> None:
+    """Check a plan against the kinds it names and, where the facts of the model are given, against the model.
+
+    Without facts, what the plan itself carries of the model is checked: experts and top-k, not groups of the router.
+
+    Raises:
+        PlanError: an unknown kind, kinds that cannot share a layer, another model, or what a kind refuses.
+    """
+    layers = _carried(plan)
+    if facts is not None:
+        check_model(plan, facts.fingerprint, facts.source)
+        if any((facts.layers.get(k) is None or facts.layers[k].experts != n) for k, n in plan.model.experts.items()):
+            raise PlanError(f"model: experts by layer are not those of {facts.source}; take the line from a fresh plan")
+        layers = facts.layers
+    ids: dict[str, dict[str, Sequence[int]]] = {}
+    for key, kinds in plan.layers.items():
+        for name, chosen in kinds.items():
+            if get_kind(name).renumbers and len(kinds) > 1:
+                other = next(k for k in kinds if k != name)
+                raise PlanError(
+                    f"layer {key}: {name} cannot share a layer with {other}: it renumbers the experts that stay, while "
+                    f"{other} keeps the original ids; use one of them"
+                )
+            ids.setdefault(name, {})[key] = chosen
+    for name, by_layer in ids.items():
+        for key in by_layer:
+            if reason := get_kind(name).refuses(layers[key]):
+                raise PlanError(f"layer {key}: {name} is not possible: {reason}; use --kind constant")
+        get_kind(name).check(layers, {key: by_layer.get(key, ()) for key in layers})
+
+
+def expected_bytes(plan: Plan, facts: ModelFacts) -> int:
+    """Return the bytes of all tensors of the checkpoint that a plan leads to."""
+    nbytes = facts.nbytes
+    for key, kinds in plan.layers.items():
+        nbytes += sum(get_kind(name).added_bytes(facts.layers[key], len(ids)) for name, ids in kinds.items())
+    return nbytes
+
+
+def _carried(plan: Plan) -> dict[str, LayerFacts]:
+    """Return facts of the layers as far as the plan itself knows them; sizes in bytes are 0."""
+    empty = LayerFacts(name="", experts=0, top_k=0, hidden=0, expert_params=0, expert_bytes=0, element_bytes=0)
+    sizes = {key: {"experts": n, "top_k": plan.model.top_k[key]} for key, n in plan.model.experts.items()}
+    return {key: empty.model_copy(update=size) for key, size in sizes.items()}

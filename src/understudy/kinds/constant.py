@@ -1,0 +1,87 @@
+"""`constant`: each replaced expert answers every token with one vector, its mean output on the calibration text.
+
+Source: MoNE (arXiv 2507.00390), whose novices these are; the gate still multiplies the vector as it would the expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from understudy.errors import PlanError
+from understudy.facts import LayerFacts
+from understudy.kinds import Kind
+from understudy.stats import ExpertStats
+
+if TYPE_CHECKING:
+    from understudy.checkpoint import Checkpoint
+    from understudy.cut import LayerCut
+    from understudy.layout import ExpertTensors
+    from understudy.moe import MoELayer
+
+
+class Constant(Kind):
+    """One vector of the hidden size for each replaced expert; the router stays as it is."""
+
+    name = "constant"
+    description = "one vector for each expert, its mean output on the calibration text"
+    needs = ("mean",)
+    unseen = "become zero vectors"
+
+    def stored_bytes(self, layer: LayerFacts, count: int) -> int:
+        """Return the bytes of `count` vectors."""
+        return layer.hidden * layer.element_bytes * count
+
+    def most(self, layer: LayerFacts) -> int:
+        """Return all experts but one: inference engines need one real expert to take the layer's shape from."""
+        return layer.experts - 1
+
+    def answer(self, stats: ExpertStats, expert: int) -> np.ndarray:
+        """Return the mean output of an expert over the tokens routed to it, `[H]` float32 (METHODS: MoNE, novice)."""
+        return np.asarray(stats.mean[expert], np.float32)
+
+    def cut(
+        self,
+        layer: MoELayer,
+        tensors: ExpertTensors,
+        checkpoint: Checkpoint,
+        replaced: Sequence[int],
+        stats: ExpertStats | None,
+        names: Mapping[int, str],
+    ) -> LayerCut:
+        """Drop the experts' own tensors and add one vector for each, in the dtype of the experts."""
+        import torch
+
+        from understudy.checkpoint import DTYPES
+        from understudy.cut import LayerCut, tensor_bytes, without_rows
+        from understudy.layout import expert_dtype
+        from understudy.shards import Piece
+
+        assert stats is not None
+        kept = [e for e in range(layer.num_experts) if e not in set(replaced)]
+        stored = expert_dtype(checkpoint, tensors)
+        dtype = getattr(torch, DTYPES[stored][0])
+        added = []
+        for expert in sorted(replaced):
+            vector = torch.from_numpy(self.answer(stats, expert)).to(dtype)
+            added.append(Piece(names[expert], stored, tuple(vector.shape), (tensor_bytes(vector),)))
+        return LayerCut(
+            gone={key for expert in replaced for key in tensors.by_expert.get(expert, ())},
+            changed=without_rows(checkpoint, tensors.stacked, kept),
+            added=added,
+            declared={expert: names[expert] for expert in sorted(replaced)},
+        )
+
+    def check(self, layers: Mapping[str, LayerFacts], ids: Mapping[str, Sequence[int]]) -> None:
+        """Refuse a layer that keeps no expert."""
+        for key, chosen in ids.items():
+            if chosen and len(chosen) > self.most(layers[key]):
+                raise PlanError(
+                    f"layer {key}: all {layers[key].experts} experts would be replaced; constant needs at least one "
+                    "kept expert in each layer"
+                )
+
+
+CONSTANT = Constant()

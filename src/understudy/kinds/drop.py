@@ -1,0 +1,112 @@
+"""`drop`: the expert is removed with its router row, so that the folder is an ordinary checkpoint of its family.
+
+Source: the pruning of REAP (arXiv 2510.13999) and most others. Stock loaders know one number of experts for the whole
+model, hence the rules below.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from understudy.errors import PlanError
+from understudy.facts import LayerFacts
+from understudy.kinds import Kind
+from understudy.stats import ExpertStats
+
+if TYPE_CHECKING:
+    from understudy.checkpoint import Checkpoint
+    from understudy.cut import LayerCut
+    from understudy.layout import ExpertTensors
+    from understudy.moe import MoELayer
+
+
+class Drop(Kind):
+    """Nothing; the router never chooses the expert again, and those that stay are renumbered."""
+
+    name = "drop"
+    description = "removed with its router row; the same number in every layer, loads without understudy"
+    unseen = "are removed"
+    renumbers = True
+
+    def stored_bytes(self, layer: LayerFacts, count: int) -> int:
+        """Return 0."""
+        return 0
+
+    def freed_bytes(self, layer: LayerFacts, count: int) -> int:
+        """Return the bytes of `count` experts with their router rows."""
+        return (layer.expert_bytes + layer.router_row_bytes) * count
+
+    def refuses(self, layer: LayerFacts) -> str | None:
+        """Return why router rows cannot be removed."""
+        return layer.removable
+
+    def most(self, layer: LayerFacts) -> int:
+        """Return how many can go while every token still finds its top-k."""
+        return layer.experts - layer.groups * _least_in_group(layer)
+
+    def cut(
+        self,
+        layer: MoELayer,
+        tensors: ExpertTensors,
+        checkpoint: Checkpoint,
+        replaced: Sequence[int],
+        stats: ExpertStats | None,
+        names: Mapping[int, str],
+    ) -> LayerCut:
+        """Drop the experts' own tensors and router rows; kept experts move up, as stock loaders expect."""
+        from understudy.cut import LayerCut, renamed, without_rows
+
+        kept = [e for e in range(layer.num_experts) if e not in set(replaced)]
+        changed = without_rows(checkpoint, [*tensors.stacked, *tensors.router], kept)
+        for new, old in enumerate(kept):
+            for key in tensors.by_expert.get(old, ()):
+                changed[key] = renamed(checkpoint, tensors, key, old, new)
+        return LayerCut(gone={k for e in replaced for k in tensors.by_expert.get(e, ())}, changed=changed)
+
+    def check(self, layers: Mapping[str, LayerFacts], ids: Mapping[str, Sequence[int]]) -> None:
+        """Refuse too few experts left, and uneven counts in groups or layers."""
+        for key, chosen in ids.items():
+            if chosen:
+                _check_layer(self, key, layers[key], chosen)
+        first: dict[int, str] = {}  # layers of the same number of experts must end with the same number
+        for key, chosen in ids.items():
+            other = first.setdefault(layers[key].experts, key)
+            if len(chosen) != len(ids[other]):
+                raise PlanError(
+                    f"drop takes {len(ids[other])} experts from layer {other} and {len(chosen)} from layer {key}; "
+                    "stock loaders need the same number in every layer; even them out or use --kind constant"
+                )
+
+
+def _check_layer(kind: Drop, key: str, layer: LayerFacts, chosen: Sequence[int]) -> None:
+    left, most = layer.experts - len(chosen), kind.most(layer)
+    if left < layer.top_k:
+        raise PlanError(
+            f"layer {key}: drop leaves {left} of {layer.experts} experts, fewer than the {layer.top_k} that each token "
+            f"uses (top-k); at most {most} can go (ratio {most / layer.experts:.6g})"
+        )
+    size = layer.experts // layer.groups
+    taken = Counter(i // size for i in chosen)
+    if len({taken[group] for group in range(layer.groups)}) > 1:
+        raise PlanError(
+            f"layer {key}: its router chooses among {layer.groups} groups of {size} consecutive experts, and drop must "
+            f"take the same number from each; the plan takes {', '.join(str(taken[g]) for g in range(layer.groups))}"
+        )
+    if len(chosen) > most:
+        raise PlanError(
+            f"layer {key}: drop leaves {left // layer.groups} experts in each of the {layer.groups} groups of the "
+            f"router, which needs {_least_in_group(layer)}; at most {most} can go (ratio {most / layer.experts:.6g})"
+        )
+
+
+def _least_in_group(layer: LayerFacts) -> int:
+    """Experts of one group that must stay: a token's top-k comes from `top_groups` groups only."""
+    if layer.groups == 1:
+        return layer.top_k
+    # routers rank a group by its best expert or its best two, so one would not do
+    return max(2, -(-layer.top_k // (layer.top_groups or layer.groups)))
+
+
+DROP = Drop()

@@ -1,0 +1,110 @@
+"""Which checkpoint tensors hold which expert: told from names and shapes, for per-expert and for stacked layouts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from understudy.checkpoint import DTYPES, Checkpoint
+from understudy.errors import UnsupportedModelError
+from understudy.facts import LayerFacts, ModelFacts
+from understudy.moe import MoELayer
+from understudy.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class ExpertTensors:
+    """Checkpoint tensors of one MoE layer."""
+
+    by_expert: dict[int, list[str]]  # original id to tensors of that expert alone
+    stacked: list[str]  # tensors of all experts, one row (dim 0) an expert
+    router: list[str]  # tensors outside the experts with one row an expert
+    id_position: int = -1  # which dotted part of a per-expert name is the id
+
+    @property
+    def all_experts(self) -> list[str]:
+        """Every tensor that belongs to the routed experts."""
+        return [key for keys in self.by_expert.values() for key in keys] + self.stacked
+
+
+def expert_tensors(skeleton: Skeleton, layer: MoELayer) -> ExpertTensors:
+    """Find the tensors of one MoE layer in the checkpoint.
+
+    Raises:
+        UnsupportedModelError: experts are stored in a form that cannot be cut between experts.
+    """
+    entries = skeleton.checkpoint.entries
+    groups: dict[str, list[str]] = defaultdict(list)
+    router = []
+    for key, target in skeleton.targets.items():
+        if target.startswith(layer.name + "."):
+            groups[target].append(key)
+        elif target in layer.router:
+            router.append(key)
+    by_expert: dict[int, list[str]] = defaultdict(list)
+    stacked: list[str] = []
+    id_position = -1
+    for target, keys in groups.items():
+        weight = skeleton.get(target)
+        if weight.dim() == 0 or weight.shape[0] != layer.num_experts:
+            continue  # a norm shared by all experts, say: it is not an expert's own
+        position = _id_position(keys, layer.num_experts)
+        if position is not None:
+            id_position = position
+            for key in keys:
+                by_expert[int(key.split(".")[position])].append(key)
+        elif all(entries[key].shape[:1] == (layer.num_experts,) for key in keys):
+            stacked.extend(keys)
+        else:
+            raise UnsupportedModelError(
+                f"{skeleton.checkpoint.folder}: {target} is stored in a form that cannot be cut between experts "
+                f"({len(keys)} tensors, the first {keys[0]} of shape {entries[keys[0]].shape})"
+            )
+    return ExpertTensors(dict(sorted(by_expert.items())), sorted(stacked), sorted(router), id_position)
+
+
+def _id_position(keys: list[str], num_experts: int) -> int | None:
+    """Which dotted part of the names is the expert id: the last number that runs over all experts."""
+    split = [key.split(".") for key in keys]
+    if len({len(parts) for parts in split}) != 1:
+        return None
+    for position in reversed(range(len(split[0]))):
+        column = [parts[position] for parts in split]
+        if all(c.isdigit() for c in column) and {int(c) for c in column} == set(range(num_experts)):
+            return position
+    return None
+
+
+def model_facts(skeleton: Skeleton, source: str) -> ModelFacts:
+    """Measure what planning needs to know; `source` is what people call the model."""
+    entries = skeleton.checkpoint.entries
+    layers = {}
+    for layer in skeleton.layers:
+        found = expert_tensors(skeleton, layer)
+        mine = [entries[key] for key in found.all_experts]
+        rows = [entries[key] for key in found.router]
+        layers[layer.key] = LayerFacts(
+            name=layer.name,
+            experts=layer.num_experts,
+            top_k=layer.top_k,
+            hidden=layer.hidden_size,
+            groups=layer.groups,
+            expert_params=sum(e.numel for e in mine) // layer.num_experts,
+            expert_bytes=sum(e.nbytes for e in mine) // layer.num_experts,
+            router_row_bytes=sum(e.nbytes for e in rows) // layer.num_experts,
+            removable=layer.removable,
+            element_bytes=DTYPES[mine[0].dtype][1],
+        )
+    return ModelFacts(
+        source=source,
+        family=str(skeleton.config.model_type),
+        fingerprint=skeleton.checkpoint.fingerprint,
+        nbytes=skeleton.checkpoint.nbytes,
+        params=sum(e.numel for e in entries.values()),
+        layers=layers,
+    )
+
+
+def expert_dtype(checkpoint: Checkpoint, tensors: ExpertTensors) -> str:
+    """Dtype that a layer's experts are stored in, as safetensors spells it."""
+    return checkpoint.entries[tensors.all_experts[0]].dtype

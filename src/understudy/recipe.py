@@ -1,0 +1,85 @@
+"""Every setting of a run, each with its one default; stages and command line read them from here."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from understudy.errors import UnderstudyError
+
+Scope = Literal["layer", "model"]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Settings):
+    """Settings of `calibrate`."""
+
+    data: tuple[str, ...] = Field((), description="text: file, folder, .jsonl[.xz|.gz|.zst][:field], hf:name[config]")
+    samples: int = Field(128, gt=0, description="blocks to draw")
+    seq_len: int = Field(512, gt=1, description="tokens in a block")
+    seed: int = Field(0, ge=0, description="seed of the draw")
+    dtype: str = Field("auto", description="dtype to compute in; auto = the checkpoint's own")
+    device: str = Field("auto", description="device to compute on; auto = an accelerator if there is one")
+    batch_size: int = Field(8, gt=0, description="blocks that run together")
+    activation_memory: str = Field("4GB", description="past this size, activations go to files that are memory-mapped")
+    experts: str = Field("auto", description="transformers' experts implementation; auto = its own default")
+    trust_remote_code: bool = Field(False, description="run modelling code that comes with the checkpoint")
+
+
+class Selection(_Settings):
+    """Settings of `plan`."""
+
+    method: str = Field("mone", description="how experts are scored, and what the losers become")
+    ratio: float | None = Field(None, description="share of the routed experts to replace, 0 to 1")
+    size: str | None = Field(None, description="bytes that the written weights may take: 4.8GB, 4.5GiB")
+    scope: Scope = Field("layer", description="the same share in each layer, or the lowest of the whole model")
+    kind: str | None = Field(None, description="what the losers become; the default is the method's own")
+    gate: Literal["all-tokens", "routed"] = Field("all-tokens", description="mone: mean gate over all or routed tokens")
+    seed: int = Field(0, ge=0, description="seed of random scores")
+
+
+class Evaluation(_Settings):
+    """Settings of `eval`."""
+
+    data: tuple[str, ...] = Field((), description="held-out text; as for calibrate")
+    samples: int = Field(64, gt=0, description="blocks to draw")
+    seq_len: int = Field(512, gt=1, description="tokens in a block")
+    seed: int = Field(0, ge=0, description="seed of the draw")
+    dtype: str = Field("auto", description="dtype to compute in; auto = the checkpoint's own")
+    device: str = Field("auto", description="device to compute on; auto = an accelerator if there is one")
+    batch_size: int = Field(8, gt=0, description="blocks that run together")
+    activation_memory: str = Field("4GB", description="past this size, activations go to files that are memory-mapped")
+    tasks: tuple[str, ...] = Field((), description="lm-eval tasks")
+    include_path: str | None = Field(None, description="folder with task files of your own")
+    limit: int | None = Field(None, gt=0, description="items of each task, for a quick look")
+    num_fewshot: int | None = Field(None, ge=0, description="examples before each task item; the task's own by default")
+    trust_remote_code: bool = Field(False, description="run modelling code that comes with the checkpoint")
+
+
+T = TypeVar("T", bound=_Settings)
+
+
+def settings_from(cls: type[T], settings: T | None, options: dict[str, Any]) -> T:
+    """Build settings from an object or from named options, not both.
+
+    Raises:
+        UnderstudyError: an unknown option or a value out of range.
+    """
+    if settings is not None:
+        if options:
+            raise UnderstudyError(f"give either settings or {', '.join(sorted(options))}, not both")
+        return settings
+    options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in options.items()}
+    for name in {"data", "tasks"} & options.keys():
+        if isinstance(options[name], str):
+            options[name] = (options[name],)
+    try:
+        return cls(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UnderstudyError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None

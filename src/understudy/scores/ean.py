@@ -1,0 +1,32 @@
+"""EAN: an expert is spared when its activations are large, whatever its gate."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from understudy.scores import Context, Score, per
+from understudy.stats import ExpertStats
+
+
+def ean(stats: ExpertStats, context: Context) -> np.ndarray:
+    """Sum the output norm over the routed tokens."""
+    return np.asarray(stats.norm_sum)
+
+
+def ean_mean(stats: ExpertStats, context: Context) -> np.ndarray:
+    """Average the output norm over the routed tokens."""
+    return per(stats.norm_sum, stats.count)
+
+
+EAN = Score(
+    name="ean",
+    source="expert activation norm, MC-Suite, arXiv 2504.05586: sum of |y| over the tokens routed to the expert",
+    needs=("norm_sum",),
+    compute=ean,
+)
+EAN_MEAN = Score(
+    name="ean_mean",
+    source="mean expert activation norm (MAN), arXiv 2606.15716: mean of |y| over the tokens routed to the expert",
+    needs=("count", "norm_sum"),
+    compute=ean_mean,
+)

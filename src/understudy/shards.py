@@ -1,0 +1,164 @@
+"""Write a model folder: tensors as byte ranges of source shards or as new bytes, streamed, never held as a whole.
+
+The kernel copies kept ranges from file to file where it can, so what is kept is kept byte for byte and writing is about
+as fast as copying.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from understudy.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, TensorEntry
+from understudy.errors import OutputError
+from understudy.facts import format_bytes
+
+CHUNK = 8 << 20
+MAX_SHARD = 5_000_000_000  # bytes, transformers' own default order of size
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bytes `start` to `start + nbytes` of one source tensor."""
+
+    entry: TensorEntry
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor to write: its name, dtype as safetensors spells it, shape, and where its bytes come from."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[Range | bytes, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return sum(len(p) if isinstance(p, bytes) else p.nbytes for p in self.parts)
+
+
+def whole(entry: TensorEntry, name: str | None = None) -> Piece:
+    """Keep a source tensor as it is, under its own name or another."""
+    return Piece(name or entry.name, entry.dtype, entry.shape, (Range(entry, 0, entry.nbytes),))
+
+
+def rows(entry: TensorEntry, kept: Sequence[int]) -> Piece:
+    """Keep some rows (dim 0) of a source tensor, in the given order; neighbours become one range."""
+    assert entry.shape
+    row = entry.nbytes // entry.shape[0]
+    parts: list[Range | bytes] = []
+    begin = previous = None
+    for index in [*kept, None]:
+        if begin is not None and previous is not None and index != previous + 1:
+            parts.append(Range(entry, begin * row, (previous + 1 - begin) * row))
+            begin = None
+        if begin is None:
+            begin = index
+        previous = index
+    return Piece(entry.name, entry.dtype, (len(kept), *entry.shape[1:]), tuple(parts))
+
+
+def write_folder(
+    folder: Path,
+    source: Checkpoint,
+    pieces: Sequence[Piece],
+    *,
+    max_shard: int = MAX_SHARD,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write shards and index into an existing folder.
+
+    `progress` is called with (bytes written, all bytes).
+
+    Raises:
+        OutputError: the disk is full or not writable.
+        CheckpointError: the source ends early.
+    """
+    shards = _split(pieces, max_shard)
+    total, done = sum(p.nbytes for p in pieces), 0
+    free = shutil.disk_usage(folder).free
+    if free < total:
+        raise OutputError(f"{folder.parent}: {format_bytes(total)} are needed, {format_bytes(free)} are free")
+    weight_map: dict[str, str] = {}
+    try:
+        for number, shard in enumerate(shards, start=1):
+            name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            weight_map.update(dict.fromkeys((p.name for p in shard), name))
+            with (folder / name).open("wb", buffering=0) as out:
+                out.write(_header(shard))
+                for piece in shard:
+                    for part in piece.parts:
+                        _copy(part, source, out)
+                    done += piece.nbytes
+                    if progress:
+                        progress(done, total)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = f"disk full, {format_bytes(total)} are needed" if full else error.strerror
+        raise OutputError(f"{folder.parent}: cannot write the model ({reason})") from None
+
+
+def _split(pieces: Sequence[Piece], max_shard: int) -> list[list[Piece]]:
+    shards: list[list[Piece]] = [[]]
+    size = 0
+    for piece in pieces:
+        if shards[-1] and size + piece.nbytes > max_shard:
+            shards.append([])
+            size = 0
+        shards[-1].append(piece)
+        size += piece.nbytes
+    # Wide elements first keeps every tensor aligned to its own element size, as readers that map files expect.
+    return [sorted(shard, key=lambda p: -DTYPES[p.dtype][1]) for shard in shards]
+
+
+def _header(shard: Sequence[Piece]) -> bytes:
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for piece in shard:
+        end = start + piece.nbytes
+        table[piece.name] = {"dtype": piece.dtype, "shape": list(piece.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _copy(part: Range | bytes, source: Checkpoint, out: BinaryIO) -> None:
+    if isinstance(part, bytes):
+        _write_all(out, part)
+        return
+    offset, left = part.entry.start + part.start, part.nbytes
+    with (source.folder / part.entry.file).open("rb", buffering=0) as f:
+        try:
+            while left:
+                copied = os.copy_file_range(f.fileno(), out.fileno(), left, offset)
+                if not copied:
+                    break
+                offset, left = offset + copied, left - copied
+        except (AttributeError, OSError) as error:
+            # Not this pair of file systems, or not this system at all; a full disk is reported, not worked around.
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+    while left:
+        chunk = source.raw(part.entry, offset - part.entry.start, min(left, CHUNK))
+        _write_all(out, chunk)
+        offset, left = offset + len(chunk), left - len(chunk)
+
+
+def _write_all(out: BinaryIO, data: bytes | bytearray) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[out.write(view) :]

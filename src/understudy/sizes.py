@@ -1,0 +1,86 @@
+"""How many parameters a model has, and how many of them a token passes through; the latter is measured where it varies.
+
+Letters: E routed experts of a layer, P of them constants, k routes of a token, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from understudy.experts import StandInExperts
+from understudy.moe import MoELayer
+from understudy.skeleton import Skeleton
+
+
+class RouteCounter:
+    """Counts, during a walk, which experts the tokens choose in the layers that have stand-ins."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+        self._counts: dict[str, torch.Tensor] = {}  # int64 [E], by layer key
+        self._tokens: dict[str, int] = {}
+
+    @contextmanager
+    def observe(self, index: int, layer: nn.Module) -> Iterator[None]:
+        """Count while one decoder layer runs; what `Walk.through_layers` takes as `observe`."""
+        with ExitStack() as stack:
+            for found in self.skeleton.layers:
+                experts = self.skeleton.model.get_submodule(found.name)
+                if found.index == index and isinstance(experts, StandInExperts):
+                    stack.enter_context(self._counting(found.key, experts))
+            yield
+
+    @contextmanager
+    def _counting(self, key: str, experts: Any) -> Iterator[None]:
+        own_forward = experts.forward
+
+        def counted(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
+            seen = torch.bincount(top_k_index.reshape(-1), minlength=experts.num_logical_experts).cpu()
+            self._counts[key] = self._counts[key] + seen if key in self._counts else seen
+            self._tokens[key] = self._tokens.get(key, 0) + len(hidden_states)
+            return own_forward(hidden_states, top_k_index, top_k_weights)
+
+        experts.forward = counted  # an attribute of the object shadows the class's method
+        try:
+            yield
+        finally:
+            del experts.forward
+
+    def routes(self) -> dict[str, np.ndarray]:
+        """Mean routes of a token to each expert by original id, float64 `[E]`, by layer key."""
+        return {key: counts.double().numpy() / self._tokens[key] for key, counts in self._counts.items()}
+
+
+def count_params(skeleton: Skeleton, routes: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Count parameters: `total` in the checkpoint, `routed` in routed experts and stand-ins, `active` for a token.
+
+    Active are all parameters outside the routed experts, and in each MoE layer those that the k routes of a token
+    lead to. Where a layer has constants, that depends on the text: `routes` gives the mean routes to each expert, as
+    `RouteCounter` measures them. For a layer that is not in `routes`, every expert counts as equally likely.
+    """
+    total = sum(entry.numel for entry in skeleton.checkpoint.entries.values())
+    routed, active = 0, 0.0
+    for layer in skeleton.layers:
+        experts = skeleton.model.get_submodule(layer.name)
+        each = _expert_params(layer, experts)
+        routed += each * layer.num_experts
+        if isinstance(experts, StandInExperts):
+            routed += experts.constants.numel()
+            mean_E = routes.get(layer.key, np.full(experts.num_logical_experts, layer.top_k / experts.num_logical_experts))
+            to_kept, to_constants = mean_E[list(experts.kept)].sum(), mean_E[list(experts.replaced)].sum()
+            active += to_kept * each + to_constants * experts.constants.shape[1]
+        else:
+            active += layer.top_k * each
+    return {"total": total, "routed": routed, "active": round(total - routed + active)}
+
+
+def _expert_params(layer: MoELayer, experts: nn.Module) -> int:
+    """Parameters of one expert; the constants of a layer are stacked like experts and must not be taken for a part."""
+    stacked = [p for name, p in experts.named_parameters(recurse=False) if name != "constants" and p.dim() > 0]
+    return sum(p[0].numel() for p in stacked if p.shape[0] == layer.num_experts)

@@ -1,0 +1,292 @@
+"""A model without weights, and the loading of any part of it: what streaming stands on.
+
+The skeleton lives on torch's meta device. Which checkpoint tensors make up which part is asked of transformers' own
+renaming rules, and loading a part goes through its own converters, so a streamed layer is what `from_pretrained` gives.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from understudy.checkpoint import DTYPES, Checkpoint
+from understudy.errors import CheckpointError, NumericError, UnderstudyError, UnsupportedModelError
+from understudy.loading import adapt_conversions, install_declared
+from understudy.moe import MoELayer, find_moe_layers
+
+ROOT = -1  # the part of a model that is outside its decoder layers
+
+
+def pick_device(device: str) -> torch.device:
+    """Resolve `auto` to an accelerator where there is one.
+
+    Raises:
+        UnderstudyError: torch does not know or does not have the device.
+    """
+    if device == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+        return chosen
+    except (RuntimeError, AssertionError) as error:
+        raise UnderstudyError(f"--device {device}: {str(error).splitlines()[0]}") from None
+
+
+def pick_dtype(dtype: str, config: Any) -> torch.dtype:
+    """Resolve `auto` to the checkpoint's own dtype (float32 where its config names none).
+
+    Raises:
+        UnderstudyError: not a floating-point dtype.
+    """
+    wanted: Any = dtype
+    if dtype == "auto":
+        wanted = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    if isinstance(wanted, str):
+        wanted = getattr(torch, wanted.removeprefix("torch."), None)
+    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+        raise UnderstudyError(f"--dtype {dtype}: not a floating-point dtype; use auto, float32, bfloat16 or float16")
+    return wanted
+
+
+class Skeleton:
+    """A checkpoint and its model on the meta device, with stand-ins installed where the folder declares them.
+
+    Raises:
+        CheckpointError: the folder is damaged or is quantised.
+        UnsupportedModelError: transformers has no model class for it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        experts: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.checkpoint = Checkpoint(folder)
+        refuse_quantised(self.checkpoint)
+        self.device = pick_device(device)
+        try:
+            self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (ValueError, KeyError, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UnsupportedModelError(f"{folder}: transformers cannot read its config ({reason})") from None
+        self.dtype = pick_dtype(dtype, self.config)
+        if experts != "auto":
+            self.config._experts_implementation = experts
+        self._trust = trust_remote_code
+        self.model = self.build()
+        self.has_stand_ins = install_declared(self.model)
+        self.model.eval().requires_grad_(False)
+        self._dtype_plan = self.model._get_dtype_plan(self.dtype)
+        self._materialise_buffers()
+        self.layers: list[MoELayer] = find_moe_layers(self.model)
+        self.stack = self.layers[0].stack
+        if len({layer.stack for layer in self.layers}) > 1:
+            raise UnsupportedModelError(f"{folder}: has MoE layers in several stacks of layers, which is not supported")
+        self.decoder_layers = list(self.model.get_submodule(self.stack).children())
+        self.targets = self._route_keys()
+        self.keys, self.names = self._split_parts()
+
+    # ---- building ---------------------------------------------------------------------------------------------
+
+    def build(self) -> PreTrainedModel:
+        """Make the model on the meta device, as its config describes it before any stand-in is installed."""
+        with quiet_transformers(), torch.device("meta"):
+            for cls in self._classes():
+                try:
+                    if hasattr(cls, "_from_config"):
+                        return cls._from_config(self.config, dtype=self.dtype)
+                    return cls.from_config(self.config, dtype=self.dtype, trust_remote_code=self._trust)
+                except (ValueError, KeyError):
+                    continue
+        raise UnsupportedModelError(
+            f"{self.checkpoint.folder}: transformers {transformers.__version__} has no language model class for "
+            f"model type {self.config.model_type!r}"
+        )
+
+    def _classes(self) -> Iterator[Any]:
+        for name in getattr(self.config, "architectures", None) or []:
+            if isinstance(cls := getattr(transformers, name, None), type) and issubclass(cls, PreTrainedModel):
+                yield cls
+        yield transformers.AutoModelForCausalLM
+        yield transformers.AutoModelForImageTextToText
+
+    def _materialise_buffers(self) -> None:
+        """Compute what no checkpoint holds (rotary frequencies, ...) the way `from_pretrained` does.
+
+        Weights are marked as initialised beforehand, so the model's own initialisation touches nothing else.
+        """
+        for module in self.model.modules():
+            module.__dict__.pop("_is_hf_initialized", None)
+        for tensor in self.model.state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True
+        for name, buffer in list(self.model.named_non_persistent_buffers()):
+            parent, _, leaf = name.rpartition(".")
+            self.model.get_submodule(parent)._buffers[leaf] = torch.empty_like(buffer, device=self.device)
+        self.model.initialize_weights()
+
+    # ---- which tensors belong where ---------------------------------------------------------------------------
+
+    def conversions(self) -> list[Any]:
+        """Weight conversions of the model; fresh at every call, because transformers keeps state in them."""
+        found = get_model_conversion_mapping(self.model)
+        return adapt_conversions(found, self.model) if self.has_stand_ins else found
+
+    def _route_keys(self) -> dict[str, str]:
+        """Map every checkpoint tensor to the name of the model tensor that it becomes (the first, if several)."""
+        conversions = self.conversions()
+        renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        state = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+        routed = {}
+        for key in self.checkpoint.entries:
+            target, _ = rename_source_key(key, renamings, converters, prefix, state)
+            if target not in state and key in state:
+                target, _ = rename_source_key(key, [], [], prefix, state)
+            routed[key] = target
+        self.used_conversions = [c for c in conversions if c.was_used()]
+        return routed
+
+    def _split_parts(self) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+        """Checkpoint tensors and model tensors by decoder layer, and those outside the layers under `ROOT`."""
+        state = self.model.state_dict()
+
+        def part_of(name: str) -> int:
+            inside = name.startswith(self.stack + ".")
+            return int(name[len(self.stack) + 1 :].partition(".")[0]) if inside else ROOT
+
+        keys: dict[int, list[str]] = defaultdict(list)
+        names: dict[int, list[str]] = defaultdict(list)
+        for key, target in self.targets.items():
+            if target in state:  # others (multi-token-prediction heads, ...) have no place in the model; they are copied
+                keys[part_of(target)].append(key)
+        for name in state:
+            names[part_of(name)].append(name)
+        return keys, names
+
+    # ---- loading ----------------------------------------------------------------------------------------------
+
+    def load(self, part: int) -> None:
+        """Load one decoder layer by its index, or what is outside the layers (`ROOT`).
+
+        Raises:
+            CheckpointError: a tensor is missing or of the wrong shape.
+            NumericError: a weight is NaN or infinite.
+        """
+        where = "the part outside the decoder layers" if part == ROOT else f"decoder layer {part}"
+        load_config = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=self.dtype,
+            dtype_plan=self._dtype_plan,
+            weight_mapping=self.conversions(),
+        )
+        tensors = {key: self.checkpoint.lazy(key) for key in self.keys[part]}
+        with quiet_transformers():
+            info, _ = convert_and_load_state_dict_in_model(
+                model=self.model, state_dict=tensors, load_config=load_config
+            )
+        folder = self.checkpoint.folder
+        if info.conversion_errors:
+            reason = " ".join(str(next(iter(info.conversion_errors.values()))).split())[:300]
+            raise CheckpointError(f"{folder}: {where} cannot be assembled ({reason})")
+        if info.mismatched_keys:
+            name, got, expected = sorted(info.mismatched_keys, key=str)[0]
+            raise CheckpointError(f"{folder}: {name} has shape {tuple(got)}, the model expects {tuple(expected)}")
+        if part == ROOT:
+            self.model.tie_weights()
+        for name in self.names[part]:
+            tensor = self.get(name)
+            if tensor.is_meta:
+                raise CheckpointError(f"{folder}: {where} is incomplete, the weights of {name} are missing")
+            if tensor.is_floating_point() and not all_finite(tensor):
+                raise NumericError(f"{folder}: {name} holds NaN or infinity; the checkpoint is broken")
+
+    def free(self, part: int) -> None:
+        """Send a loaded part back to the meta device."""
+        for name in self.names[part]:
+            parent, _, leaf = name.rpartition(".")
+            module, tensor = self.model.get_submodule(parent), self.get(name)
+            empty = torch.empty_like(tensor, device="meta")
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+            else:
+                module._buffers[leaf] = empty
+
+    @contextmanager
+    def resident(self, part: int) -> Iterator[nn.Module]:
+        """Hold one part in memory for a while."""
+        try:
+            self.load(part)
+            yield self.model if part == ROOT else self.decoder_layers[part]
+        finally:
+            self.free(part)
+
+    def get(self, name: str) -> torch.Tensor:
+        """A tensor of the model by its dotted name."""
+        parent, _, leaf = name.rpartition(".")
+        return getattr(self.model.get_submodule(parent), leaf)
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite; one cheap pass, and a second only where the first is in doubt."""
+    if bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        return True
+    return bool(torch.isfinite(tensor).all())
+
+
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Refuse weights that are stored quantised.
+
+    Raises:
+        CheckpointError: the config names a quantisation, or tensors have a quantised dtype.
+    """
+    declared = checkpoint.config.get("quantization_config")
+    nested = [v.get("quantization_config") for v in checkpoint.config.values() if isinstance(v, dict)]
+    declared = declared or next((n for n in nested if n), None)
+    packed = sorted({e.dtype for e in checkpoint.entries.values()} & {"F8_E4M3", "F8_E5M2", "I8", "U8"})
+    if declared or packed:
+        how = declared.get("quant_method", "unnamed") if isinstance(declared, dict) else ", ".join(packed)
+        floats = "/".join(sorted(DTYPES[d][0] for d in ("F32", "BF16", "F16")))
+        raise CheckpointError(
+            f"{checkpoint.folder}: quantised weights ({how}) are not supported; use the {floats} checkpoint, "
+            "compress it, and quantise the result"
+        )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' bars and notices for whole-model loading out of layer-wise work."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+

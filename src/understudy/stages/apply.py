@@ -1,0 +1,207 @@
+"""Apply: cut a checkpoint by a plan, byte for byte, into a new folder that is verified before it appears."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from understudy._version import __version__
+from understudy.checkpoint import Checkpoint, resolve
+from understudy.cut import LayerCut, novice_names
+from understudy.errors import OutputError, PlanError, StatsError, UnderstudyError
+from understudy.facts import ModelFacts, parse_bytes
+from understudy.kinds import check_plan, expected_bytes, get_kind
+from understudy.layout import expert_tensors, model_facts
+from understudy.loading import declare_constants
+from understudy.moe import expert_count_keys, text_config
+from understudy.plan import Plan, load_plan
+from understudy.shards import MAX_SHARD, Piece, whole, write_folder
+from understudy.skeleton import Skeleton
+from understudy.stats import Stats, file_hash, load_stats
+from understudy.verify import verify_folder
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What `apply` wrote: the folder, bytes of its tensors, bytes of the source's, and how it loads."""
+
+    folder: Path
+    nbytes: int
+    source_nbytes: int
+    loads: str
+
+
+def apply(
+    model: str | os.PathLike[str],
+    plan: Plan | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    stats: Stats | str | os.PathLike[str] | None = None,
+    max_shard_size: str | None = None,
+    trust_remote_code: bool = False,
+    artefacts: dict[str, Path] | None = None,
+    progress: Progress | None = None,
+) -> Applied:
+    """Write the model that a plan decides on.
+
+    Args:
+        model: the source, a local folder or a hub id; it is only read.
+        plan: the plan or its file.
+        out: the new folder; it appears when it is complete and verified, never before.
+        stats: statistics that the stand-ins are made of; `drop` needs none.
+        max_shard_size: size of a shard file, as `5GB`.
+        artefacts: files to carry along in `out/understudy/`, by name.
+        progress: called with (what is going on, done, all).
+
+    Raises:
+        UnderstudyError: plan, statistics and model do not belong together, the source is damaged, `out` is taken, the
+            disk is full, or the result does not hold what the plan says.
+    """
+    target = Path(out)
+    _free_target(target)
+    plan_file = None if isinstance(plan, Plan) else Path(plan)
+    decided = plan if isinstance(plan, Plan) else load_plan(plan)
+    known = stats if isinstance(stats, Stats) or stats is None else load_stats(stats)
+    folder = resolve(model)
+    source = Skeleton(folder, device="cpu", trust_remote_code=trust_remote_code)
+    if source.has_stand_ins:
+        raise PlanError(f"{folder} holds stand-ins already; apply the plan to the original model")
+    facts = model_facts(source, str(model))
+    check_plan(decided, facts)
+    _check_stats(decided, known, facts)
+    pieces, config = _cut(source, decided, known)
+    staging = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)  # what a killed run left behind
+    try:
+        staging.mkdir(parents=True)
+        limit = parse_bytes(max_shard_size) if max_shard_size else MAX_SHARD
+        report = progress or (lambda what, done, total: None)
+        write_folder(
+            staging, source.checkpoint, pieces, max_shard=limit, progress=lambda done, total: report("write", done, total)
+        )
+        _write_rest(staging, source.checkpoint, config)
+        _write_artefacts(staging, decided, plan_file, stats, artefacts or {})
+        verify_folder(
+            source, staging, decided, pieces, known, trust_remote_code, lambda done, total: report("verify", done, total)
+        )
+        os.replace(staging, target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    written = sum(p.nbytes for p in pieces)
+    assert written == expected_bytes(decided, facts)
+    ordinary = "compression_config" not in config
+    loads = "stock transformers and vLLM" if ordinary else "transformers after `import understudy`, stock vLLM >= 0.33"
+    return Applied(target, written, source.checkpoint.nbytes, loads)
+
+
+def _free_target(target: Path) -> None:
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()
+    if target.exists():
+        raise OutputError(f"{target} exists already and is not empty; choose another --out or remove it")
+
+
+def _check_stats(plan: Plan, stats: Stats | None, facts: ModelFacts) -> None:
+    needed = {kind for kinds in plan.layers.values() for kind in kinds if get_kind(kind).needs}
+    if stats is None and needed:
+        raise StatsError(f"the plan has {', '.join(sorted(needed))}, made of statistics; give --stats")
+    if stats is not None and stats.model.fingerprint != facts.fingerprint:
+        raise StatsError(
+            f"these statistics are of {stats.model.source} ({stats.model.fingerprint}), the model is {facts.source} "
+            f"({facts.fingerprint}); calibrate this model"
+        )
+
+
+def _cut(source: Skeleton, plan: Plan, stats: Stats | None) -> tuple[list[Piece], dict[str, Any]]:
+    """All tensors to write, in the order of the source, and the new config.json."""
+    entries = source.checkpoint.entries
+    config = copy.deepcopy(source.checkpoint.config)
+    names = novice_names(source, plan)
+    gone: set[str] = set()
+    changed: dict[str, Piece] = {}
+    added: dict[str, list[Piece]] = {}
+    declared: dict[str, dict[int, str]] = {}
+    remaining: int | None = None
+    for layer in source.layers:
+        for name, replaced in plan.layers.get(layer.key, {}).items():
+            kind = get_kind(name)
+            tensors = expert_tensors(source, layer)
+            cut: LayerCut = kind.cut(
+                layer, tensors, source.checkpoint, replaced, stats.layers[layer.key] if stats else None, names.get(layer.key, {})
+            )
+            gone |= cut.gone
+            changed |= cut.changed
+            added.setdefault(max(tensors.all_experts), []).extend(cut.added)
+            if cut.declared:
+                declared[layer.name] = cut.declared
+            if kind.renumbers:
+                remaining = layer.num_experts - len(replaced)
+    if declared:
+        config["compression_config"] = declare_constants(declared)
+    if remaining is not None:
+        _set_expert_count(config, source, remaining)
+    pieces: list[Piece] = []
+    for key, entry in entries.items():
+        if key not in gone:
+            pieces.append(changed.get(key, whole(entry)))
+        pieces.extend(added.get(key, ()))
+    return pieces, config
+
+
+def _set_expert_count(config: dict[str, Any], source: Skeleton, remaining: int) -> None:
+    """Write the new number of experts where the config keeps it, under every name that it goes by there."""
+    inner = text_config(source.config)
+    raw = config
+    if inner is not source.config:
+        raw = next(
+            (config[n] for n in source.config.sub_configs if getattr(source.config, n, None) is inner and n in config),
+            config,
+        )
+    before = source.layers[0].num_experts
+    names = set(expert_count_keys(source.config, before))
+    names |= {getattr(inner, "attribute_map", {}).get(n, n) for n in names}
+    present = [n for n in names if raw.get(n) == before]
+    for name in present or sorted(names)[:1]:
+        raw[name] = remaining
+
+
+def _write_rest(staging: Path, source: Checkpoint, config: dict[str, Any]) -> None:
+    (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for path in source.other_files:
+        shutil.copyfile(path, staging / path.name)
+
+
+def _write_artefacts(
+    staging: Path,
+    plan: Plan,
+    plan_file: Path | None,
+    stats: Any,
+    more: dict[str, Path],
+) -> None:
+    """Keep the decision with the model: the plan as it was given, and what it came from."""
+    folder = staging / "understudy"
+    folder.mkdir()
+    if plan_file is not None:
+        shutil.copyfile(plan_file, folder / "plan.yaml")
+    else:
+        plan.save(folder / "plan.yaml")
+    parents = {"plan": file_hash(folder / "plan.yaml")}
+    if isinstance(stats, (str, os.PathLike)):
+        parents["stats"] = file_hash(stats)
+    note = {"format": 1, "understudy": __version__, "source": plan.model.source, "parents": parents}
+    (folder / "provenance.json").write_text(json.dumps(note, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name, path in more.items():
+        shutil.copyfile(path, folder / name)
+
+
+__all__ = ["Applied", "UnderstudyError", "apply"]

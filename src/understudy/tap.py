@@ -1,0 +1,168 @@
+"""Observe experts at the seam while a layer runs: one forward gives every statistic, and only routed experts run.
+
+Letters: T tokens, k routes of a token, N = T k routes, E experts, H hidden size.
+
+transformers' grouped implementation calls an optional norm on the outputs of the experts, sorted by expert and before
+the gates: reading there costs no copy and changes no bit. Where a module runs otherwise (a family's own loop, or no
+decorated class at all), routes are sent through it one by one with gate 1 and combined again; if that does not
+reproduce the module's own output bit by bit, its own output is used for the walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from understudy.stats import ExpertStats, Probe
+
+PROBE_TOKENS = 16
+
+
+class Tap:
+    """Accumulates the statistics of one MoE layer."""
+
+    def __init__(self, experts: Any, num_experts: int) -> None:
+        self.experts, self.num_experts = experts, num_experts
+        self.stats: ExpertStats | None = None
+        self.probe: Probe | None = None
+        self._combine_is_exact: bool | None = None
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Observe every call of the experts module while the context is open."""
+        experts = self.experts
+        own_forward = experts.forward
+        grouped = _runs_grouped(experts)
+
+        def observed(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
+            if self.probe is None:
+                self.probe = _probe(hidden_states, top_k_index, top_k_weights)
+            run = self._grouped if grouped else self._expanded
+            return run(own_forward, hidden_states, top_k_index, top_k_weights)
+
+        experts.forward = observed  # an attribute of the object shadows the class's method
+        try:
+            yield
+        finally:
+            del experts.forward
+
+    def _grouped(self, forward: Any, hidden_TH: Any, index_Tk: Any, weights_Tk: Any) -> Any:
+        """Read the outputs where the grouped implementation would apply its norm."""
+        experts = self.experts
+        own_flag, own_norm = experts.has_post_expert_norm, getattr(experts, "post_expert_norm", None)
+
+        def read(output_NH: torch.Tensor) -> torch.Tensor:
+            if own_flag:
+                output_NH = own_norm(output_NH)
+            ids_N, order_N = torch.sort(index_Tk.reshape(-1))  # as the implementation sorts them
+            self._add(output_NH, weights_Tk.reshape(-1)[order_N], ids_N, tokens=len(hidden_TH))
+            return output_NH
+
+        # Set past nn.Module's own bookkeeping, which would refuse to hide a registered norm.
+        experts.__dict__.update(has_post_expert_norm=True, post_expert_norm=read)
+        try:
+            return forward(hidden_TH, index_Tk, weights_Tk)
+        finally:
+            experts.__dict__["has_post_expert_norm"] = own_flag
+            del experts.__dict__["post_expert_norm"]
+
+    def _expanded(self, forward: Any, hidden_TH: Any, index_Tk: Any, weights_Tk: Any) -> Any:
+        """Send every route through the module as a token of its own, sorted by expert, and combine the outputs."""
+        tokens, k = index_Tk.shape
+        ids_N, order_N = torch.sort(index_Tk.reshape(-1), stable=True)
+        gates_N = weights_Tk.reshape(-1)[order_N]
+        ones = torch.ones_like(gates_N)[:, None]
+        output_NH = forward(hidden_TH[order_N // k], ids_N[:, None], ones)
+        self._add(output_NH, gates_N, ids_N, tokens=tokens)
+        if self._combine_is_exact is False:
+            return forward(hidden_TH, index_Tk, weights_Tk)
+        back_N = torch.empty_like(order_N)
+        back_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+        gated_NH = (output_NH * gates_N[:, None])[back_N]
+        combined = gated_NH.view(tokens, k, -1).sum(dim=1).to(hidden_TH.dtype)
+        if self._combine_is_exact is None:
+            own = forward(hidden_TH, index_Tk, weights_Tk)
+            self._combine_is_exact = torch.equal(own, combined)
+            return own
+        return combined
+
+    def _add(self, output_NH: torch.Tensor, gates_N: torch.Tensor, ids_N: torch.Tensor, tokens: int) -> None:
+        batch = batch_stats(output_NH, gates_N, ids_N, self.num_experts, tokens)
+        self.stats = batch if self.stats is None else self.stats + batch
+
+
+def batch_stats(
+    output_NH: torch.Tensor, gates_N: torch.Tensor, ids_N: torch.Tensor, num_experts: int, tokens: int
+) -> ExpertStats:
+    """Sums of one batch: outputs `[N, H]` before their gates, gates `[N]`, ids `[N]` ascending.
+
+    One expert's rows lie together and fit a cache, so its few passes over them cost little; moments are centred.
+    """
+    counts = torch.bincount(ids_N, minlength=num_experts).tolist()
+    H, device = output_NH.shape[1], output_NH.device
+    means = torch.zeros(2, num_experts, H, device=device)
+    # gate sum, squared gate sum, norm sum, gated norm sum, scatter, weighted scatter
+    sums = torch.zeros(num_experts, 6, dtype=torch.float64, device=device)
+    start = 0
+    for expert, count in enumerate(counts):
+        if not count:
+            continue
+        y = output_NH[start : start + count].float()
+        g = gates_N[start : start + count].float()
+        start += count
+        g2 = g * g
+        norm = torch.linalg.vector_norm(y, dim=1)
+        weighted = g2.sum(dtype=torch.float64)
+        mean, weighted_mean = torch.stack((torch.ones_like(g2), g2)) @ y
+        mean = mean / count
+        weighted_mean = weighted_mean / weighted.clamp(min=torch.finfo(torch.float64).tiny)
+        deviation = torch.linalg.vector_norm(y - mean, dim=1).double().square()
+        shift = (weighted_mean - mean).double().square().sum()
+        means[0, expert], means[1, expert] = mean, weighted_mean
+        terms = (
+            g.sum(dtype=torch.float64),
+            weighted,
+            norm.sum(dtype=torch.float64),
+            torch.dot(g, norm).double(),
+            deviation.sum(),
+            (torch.dot(g2.double(), deviation) - weighted * shift).clamp(min=0),
+        )
+        torch.stack(terms, out=sums[expert])
+    columns = sums.cpu().numpy().T
+    mean_EH, weighted_mean_EH = means.cpu().numpy().astype(np.float64)
+    return ExpertStats(
+        tokens=np.float64(tokens),
+        count=np.asarray(counts, np.float64),
+        gate_sum=columns[0],
+        gate_sq_sum=columns[1],
+        norm_sum=columns[2],
+        gated_norm_sum=columns[3],
+        mean=mean_EH,
+        scatter=columns[4],
+        weighted_mean=weighted_mean_EH,
+        weighted_scatter=columns[5],
+    )
+
+
+def _runs_grouped(experts: Any) -> bool:
+    """Whether the module is decorated and its model runs transformers' own grouped implementation."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+    if not hasattr(type(experts), "_apply_gate") or not hasattr(experts, "has_post_expert_norm"):
+        return False
+    implementation = getattr(experts.config, "_experts_implementation", None)
+    return implementation == "grouped_mm" and ALL_EXPERTS_FUNCTIONS.get("grouped_mm") is grouped_mm_experts_forward
+
+
+def _probe(hidden_TH: torch.Tensor, index_Tk: torch.Tensor, weights_Tk: torch.Tensor) -> Probe:
+    """Keep a few tokens, spread over the batch."""
+    rows = torch.linspace(0, len(hidden_TH) - 1, min(PROBE_TOKENS, len(hidden_TH))).long().to(hidden_TH.device)
+    return Probe(
+        hidden=hidden_TH[rows].float().cpu().numpy(),
+        index=index_Tk[rows].long().cpu().numpy(),
+        weights=weights_Tk[rows].float().cpu().numpy(),
+    )

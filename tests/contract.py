@@ -1,0 +1,175 @@
+"""What every family must do: slow, obvious references, and the checks that the contract tests run on tiny models."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zoo
+from transformers import modeling_utils
+
+from understudy.data import Blocks
+from understudy.layout import model_facts
+from understudy.loading import declared_constants
+from understudy.plan import Plan, PlanModel
+from understudy.recipe import Calibration
+from understudy.skeleton import Skeleton
+from understudy.stages.calibrate import collect
+from understudy.stats import ExpertStats, Stats
+
+
+def tiny_folder(model_type: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Save a tiny random model of a family in several shards."""
+    zoo.tiny_model(model_type).to(dtype).save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+def load(folder: Path, model_type: str, **options: Any) -> Any:
+    """Load a folder as people do."""
+    return zoo.model_class(model_type).from_pretrained(folder, **options).eval()
+
+
+def ids_of(rows: int = 3, length: int = 9, seed: int = 1) -> torch.Tensor:
+    """Ordinary token ids `[rows, length]`, clear of the special tokens of the tiny configs."""
+    return torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def calibrated(folder: Path, work: Path, ids: torch.Tensor, batch_size: int = 2) -> Stats:
+    """Statistics of a folder by streaming."""
+    skeleton = Skeleton(folder)
+    facts = model_facts(skeleton, folder.name)
+    blocks = Blocks(ids.numpy().astype(np.int32), np.zeros(len(ids), np.int16), ("test",), (), "0" * 64)
+    layers, probes = collect(skeleton, facts, blocks, Calibration(batch_size=batch_size), work)
+    return Stats(facts, {}, layers, probes)
+
+
+def hooked_stats(model: Any, names: dict[str, str], ids: torch.Tensor, num_experts: dict[str, int]) -> dict[str, Any]:
+    """Statistics by hooks on the whole model and loops over routes: the reference for streaming."""
+    seen: dict[str, list[Any]] = {key: [] for key in names}
+    handles = []
+    for key, name in names.items():
+        keep = seen[key].append
+        handles.append(
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, kwargs, keep=keep: keep(_triple(args, kwargs)), with_kwargs=True
+            )
+        )
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {k: brute_force(model.get_submodule(names[k]), calls, num_experts[k]) for k, calls in seen.items()}
+
+
+def _triple(args: Any, kwargs: Any) -> Any:
+    order = ("hidden_states", "top_k_index", "top_k_weights")
+    values = list(args) + [kwargs[name] for name in order[len(args) :] if name in kwargs]
+    values += [v for k, v in kwargs.items() if k not in order]
+    return [v.clone() for v in values[:3]]
+
+
+@torch.no_grad()
+def one_expert(experts: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
+    """Output of one expert for one token, `[H]`, before its gate."""
+    return experts(x[None], torch.tensor([[expert]]), torch.ones(1, 1, dtype=x.dtype))[0]
+
+
+def brute_force(experts: Any, calls: list[Any], num_experts: int) -> ExpertStats:
+    """Two passes over explicit lists, in float64."""
+    tokens = sum(len(h) for h, _, _ in calls)
+    outputs: list[list[np.ndarray]] = [[] for _ in range(num_experts)]
+    gates: list[list[float]] = [[] for _ in range(num_experts)]
+    for hidden, index, weights in calls:
+        for x, chosen, gate in zip(hidden, index, weights, strict=True):
+            for e, g in zip(chosen.tolist(), gate.tolist(), strict=True):
+                outputs[e].append(one_expert(experts, x, e).double().numpy())
+                gates[e].append(g)
+    size = calls[0][0].shape[1]
+    zero = np.zeros(size)
+    y = [np.array(o).reshape(-1, size) for o in outputs]
+    g = [np.array(w) for w in gates]
+    mean = [a.mean(0) if len(a) else zero for a in y]
+    weighted = [(w[:, None] ** 2 * a).sum(0) / (w**2).sum() if len(a) and (w**2).sum() else zero for a, w in zip(y, g)]
+    norm = [np.linalg.norm(a, axis=1) for a in y]
+    return ExpertStats(
+        tokens=float(tokens),
+        count=np.array([len(a) for a in y], float),
+        gate_sum=np.array([w.sum() for w in g]),
+        gate_sq_sum=np.array([(w**2).sum() for w in g]),
+        norm_sum=np.array([n.sum() for n in norm]),
+        gated_norm_sum=np.array([(w * n).sum() for w, n in zip(g, norm)]),
+        mean=np.array(mean),
+        scatter=np.array([((a - m) ** 2).sum() for a, m in zip(y, mean)]),
+        weighted_mean=np.array(weighted),
+        weighted_scatter=np.array([(w**2 * ((a - m) ** 2).sum(1)).sum() for a, w, m in zip(y, g, weighted)]),
+    )
+
+
+def uneven_plan(stats: Stats, kind: str = "constant") -> Plan:
+    """Replace half of the experts, one more here and one fewer there, at random."""
+    rng = np.random.default_rng(0)
+    layers = {}
+    for position, (key, facts) in enumerate(stats.model.layers.items()):
+        count = facts.experts // 2 + (position % 3) - 1
+        layers[key] = {kind: sorted(rng.choice(facts.experts, count, replace=False).tolist())}
+    return plan_of(stats, layers)
+
+
+def plan_of(stats: Stats, layers: dict[str, dict[str, list[int]]]) -> Plan:
+    """A plan with these layers for the model of these statistics."""
+    return Plan(method="edited", model=PlanModel.of(stats.model), layers=layers)
+
+
+@contextmanager
+def masked(model: Any, plan: Plan, stats: Stats) -> Any:
+    """The whole original model with its experts run by a loop over routes that answers constants where planned."""
+    replaced_modules = []
+    for key, facts in stats.model.layers.items():
+        experts = model.get_submodule(facts.name)
+        gone = plan.replaced(key)
+        own = experts.forward
+
+        def forward(hidden: Any, index: Any, weights: Any, own=own, gone=gone, key=key) -> Any:
+            out = torch.zeros_like(hidden)
+            for t in range(len(hidden)):
+                for e, w in zip(index[t].tolist(), weights[t]):
+                    if e in gone:
+                        y = torch.from_numpy(stats.layers[key].mean[e].astype(np.float32)).to(hidden.dtype)
+                    else:
+                        y = own(hidden[t : t + 1], torch.tensor([[e]]), torch.ones(1, 1, dtype=hidden.dtype))[0]
+                    out[t] += w * y
+            return out
+
+        experts.forward = forward
+        replaced_modules.append(experts)
+    try:
+        yield model
+    finally:
+        for experts in replaced_modules:
+            del experts.forward
+
+
+@contextmanager
+def without_understudy() -> Any:
+    """transformers as it is where understudy was never imported."""
+    hooked = modeling_utils.get_hf_quantizer
+    modeling_utils.get_hf_quantizer = hooked.__wrapped__
+    try:
+        yield
+    finally:
+        modeling_utils.get_hf_quantizer = hooked
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder by name."""
+    from safetensors.torch import load_file
+
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def declares(folder: Path) -> Any:
+    return declared_constants(json.loads((folder / "config.json").read_text()))

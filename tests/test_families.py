@@ -1,0 +1,96 @@
+"""The contract: every Mixture-of-Experts family is found, streamed, cut, written, loaded and verified."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from contract import (
+    calibrated,
+    hooked_stats,
+    ids_of,
+    load,
+    masked,
+    tensors_of,
+    tiny_folder,
+    uneven_plan,
+    without_understudy,
+)
+
+import understudy  # noqa: F401 (its import teaches transformers)
+from understudy.activations import ActivationStore
+from understudy.skeleton import Skeleton
+from understudy.stages.apply import apply
+from understudy.walk import Walk
+
+FAMILIES = [
+    pytest.param(t, marks=[] if t in zoo.DISTINCT else pytest.mark.families) for t in sorted(zoo.supported_types())
+]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_contract(model_type: str, tmp_path: Path) -> None:
+    folder, ids = tiny_folder(model_type, tmp_path / "model"), ids_of()
+    whole = load(folder, model_type)
+    check_streaming(folder, whole, ids, tmp_path)
+    stats = check_statistics(folder, whole, ids, tmp_path)
+    plan = uneven_plan(stats)
+    out = tmp_path / "out"
+    apply(folder, plan, out, stats=stats)
+    small = load(out, model_type)
+    with torch.no_grad():
+        got = small(input_ids=ids).logits
+        with masked(whole, plan, stats):
+            expected = whole(input_ids=ids).logits
+    assert float((got - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+    if small.can_generate():
+        new = small.generate(ids[:1], max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        assert new.shape == (1, ids.shape[1] + 3)
+    check_saved_again(small, out, tmp_path)
+    with without_understudy(), pytest.raises((RuntimeError, ValueError, KeyError, AttributeError)):
+        zoo.model_class(model_type).from_pretrained(out)
+
+
+def check_streaming(folder: Path, whole: object, ids: torch.Tensor, tmp_path: Path) -> None:
+    """Logits of a layer-by-layer walk are those of the whole model, bit for bit."""
+    skeleton = Skeleton(folder)
+    walk = Walk(skeleton, ids.numpy(), batch_size=2, store=ActivationStore(1 << 30))
+    with walk.ready():
+        walk.through_layers()
+        streamed = [walk.logits(n) for n in range(len(walk.batches))]
+    with torch.no_grad():
+        for got, batch in zip(streamed, torch.split(ids, 2)):
+            assert torch.equal(got, whole(input_ids=batch, use_cache=False).logits)  # type: ignore[operator]
+    assert all(t.is_meta for t in skeleton.model.parameters()), "a layer stayed in memory"
+
+
+def check_statistics(folder: Path, whole: object, ids: torch.Tensor, tmp_path: Path):
+    stats = calibrated(folder, tmp_path / "work", ids)
+    names = {key: facts.name for key, facts in stats.model.layers.items()}
+    counts = {key: facts.experts for key, facts in stats.model.layers.items()}
+    reference = hooked_stats(whole, names, ids, counts)
+    for key, expected in reference.items():
+        for field, value in expected.arrays().items():
+            got, scale = stats.layers[key].arrays()[field], max(1e-6, float(np.abs(value).max()))
+            np.testing.assert_allclose(got, value, rtol=1e-4, atol=2e-6 * scale, err_msg=f"layer {key}, {field}")
+    return stats
+
+
+def check_saved_again(model, out: Path, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "again")
+    before, after = tensors_of(out), tensors_of(tmp_path / "again")
+    assert set(before) == set(after)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_distinct_layouts_are_really_distinct() -> None:
+    assert set(zoo.DISTINCT) <= set(zoo.supported_types())
+    assert len(zoo.DISTINCT) >= 8
+
+
+@pytest.mark.families
+def test_enough_families() -> None:
+    assert len(zoo.supported_types()) >= 55
