@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import zoo
 from transformers import modeling_utils
 
+import zoo
 from understudy.data import Blocks
 from understudy.layout import model_facts
 from understudy.loading import declared_constants
-from understudy.plan import Plan, PlanModel
+from understudy.plans import Plan, PlanModel
 from understudy.recipe import Calibration
 from understudy.skeleton import Skeleton
 from understudy.stages.calibrate import collect
@@ -86,6 +86,8 @@ def brute_force(experts: Any, calls: list[Any], num_experts: int) -> ExpertStats
     for hidden, index, weights in calls:
         for x, chosen, gate in zip(hidden, index, weights, strict=True):
             for e, g in zip(chosen.tolist(), gate.tolist(), strict=True):
+                if g == 0:  # a place that the router filled without choosing
+                    continue
                 outputs[e].append(one_expert(experts, x, e).double().numpy())
                 gates[e].append(g)
     size = calls[0][0].shape[1]

@@ -11,7 +11,7 @@ import pytest
 from understudy.errors import PlanError
 from understudy.facts import LayerFacts, ModelFacts
 from understudy.kinds import Kind, all_kinds, check_plan, expected_bytes, get_kind
-from understudy.plan import Plan, PlanModel
+from understudy.plans import Plan, PlanModel
 from understudy.stages.review import check
 from understudy.stats import ExpertStats
 

@@ -14,7 +14,7 @@ from routes import HIDDEN, draw_routes, stats_of
 from understudy.errors import OutputError, PlanError, StatsError, UnderstudyError
 from understudy.kinds import all_kinds, expected_bytes
 from understudy.methods import Method, all_methods, get_method
-from understudy.plan import Plan, load_plan
+from understudy.plans import Plan, load_plan
 from understudy.recipe import Scope, Selection
 from understudy.scores import all_scores, get_score, score_layers
 from understudy.stages.review import check, diff, show

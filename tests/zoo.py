@@ -282,6 +282,6 @@ def _randomise(name: str, tensor: Tensor, generator: torch.Generator) -> None:
     elif not tensor.is_floating_point():
         return
     elif isinstance(tensor, nn.Parameter) and tensor.ndim >= 2:
-        tensor.copy_(0.2 * noise)
+        tensor.copy_((1.0 if "router_mlp" in name else 0.2) * noise)  # the deep router of zaya dampens its input
     elif isinstance(tensor, nn.Parameter) or "bias" in name:
         tensor.add_(0.1 * noise)

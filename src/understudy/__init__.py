@@ -20,9 +20,12 @@ _COMMANDS = {
     "inspect": "understudy.stages.inspect",
     "calibrate": "understudy.stages.calibrate",
     "plan": "understudy.stages.select",
+    "show": "understudy.stages.review",
+    "check": "understudy.stages.review",
+    "diff": "understudy.stages.review",
     "apply": "understudy.stages.apply",
     "compress": "understudy.stages.compress",
-    "evaluate": "understudy.stages.evaluate",
+    "eval": "understudy.stages.evaluate",
 }
 _WATCHED = "transformers.modeling_utils"
 
@@ -67,4 +70,6 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_COMMANDS])
 
 
-__all__ = ["__version__", "apply", "calibrate", "compress", "evaluate", "inspect", "plan"]  # noqa: F822 (lazy)
+__all__ = [
+    "__version__", "apply", "calibrate", "check", "compress", "diff", "eval", "inspect", "plan", "show",
+]

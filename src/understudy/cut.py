@@ -12,8 +12,8 @@ from understudy.checkpoint import Checkpoint
 from understudy.experts import install_constants
 from understudy.layout import ExpertTensors
 from understudy.loading import adapt_conversions
-from understudy.plan import Plan
 from understudy.moe import expert_dim
+from understudy.plans import Plan
 from understudy.shards import Piece, rows, whole
 from understudy.skeleton import Skeleton, quiet_transformers
 

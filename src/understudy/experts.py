@@ -10,7 +10,7 @@ which costs no matrix product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache
 from typing import Any
 
@@ -63,7 +63,8 @@ class StandInExperts:
 
 
 @cache
-def _subclass(cls: type) -> type:
+def _subclass(cls: Hashable) -> type:
+    assert isinstance(cls, type)
     return type(f"StandIn{cls.__name__}", (StandInExperts, cls), {"__module__": cls.__module__})
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from understudy.errors import DataError, DependencyError
+from understudy.errors import DataError, DependencyError, UnderstudyError
 
 
 class Harness:
@@ -90,17 +90,17 @@ class Harness:
         A metric comes with its `_stderr` (None where lm-eval has none); a filter other than `none` stays in the name.
 
         Raises:
-            DataError: a task fails on what the model answers, or asks for what its data does not have.
+            DataError: lm-eval cannot run the tasks on this model.
         """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
         more = {"trust_remote_code": True} if trust_remote_code else {}
         with _stdout_to_stderr():
-            # An absolute path: lm-eval looks up anything of the form owner/name on the hub.
-            path = str(folder.absolute())
-            lm = HFLM(pretrained=path, dtype=dtype, device=device, batch_size=batch_size, **more)
             try:
+                # An absolute path: lm-eval looks up anything of the form owner/name on the hub.
+                path = str(folder.absolute())
+                lm = HFLM(pretrained=path, dtype=dtype, device=device, batch_size=batch_size, **more)
                 # By name, not the loaded tasks: their data may be drawn with the seeds that are set in there.
                 results = simple_evaluate(
                     model=lm,
@@ -111,10 +111,12 @@ class Harness:
                     num_fewshot=num_fewshot,
                     log_samples=False,
                 )
+            except UnderstudyError:
+                raise
             except (ValueError, KeyError, TypeError, AssertionError) as error:
-                raise DataError(f"tasks {', '.join(self.names)} failed: {_reason(error)}") from error
+                raise DataError(f"{folder}: tasks {', '.join(self.names)} failed ({_reason(error)})") from error
             finally:
-                del lm
+                lm = None
                 gc.collect()
         assert results is not None
         named = {task: _metrics(found) for task, found in results["results"].items()}

@@ -89,6 +89,7 @@ def model_facts(skeleton: Skeleton, source: str) -> ModelFacts:
             top_k=layer.top_k,
             hidden=layer.hidden_size,
             groups=layer.groups,
+            top_groups=layer.top_groups,
             expert_params=sum(e.numel for e in mine) // layer.num_experts,
             expert_bytes=sum(e.nbytes for e in mine) // layer.num_experts,
             router_row_bytes=sum(e.nbytes for e in rows) // layer.num_experts,

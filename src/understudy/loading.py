@@ -83,7 +83,7 @@ class _SplitByOriginalId(SplitModulelist):
         super().__init__(dim)
         self.constants = constants
 
-    def convert(  # type: ignore[override]
+    def convert(
         self,
         input_dict: dict[str, Any],
         source_patterns: list[str],
@@ -216,9 +216,7 @@ def adapt_conversions(conversions: list[Any], model: Any) -> list[Any]:
         adapted.append(conversion)
     leaves = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, StandInExperts)}
     for leaf in sorted(leaves):
-        adapted.append(
-            WeightConverter(NOVICE_PATTERN, f"{leaf}.constants", [_MergeByOriginalId(0, constants=True)])
-        )
+        adapted.append(WeightConverter(NOVICE_PATTERN, f"{leaf}.constants", [_MergeByOriginalId(0, constants=True)]))
     return adapted
 
 

@@ -25,12 +25,13 @@ from understudy.errors import UnsupportedModelError
 _UP = ("gate_up_proj", "up_proj")
 _TOP_K = ("top_k", "topk", "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 _GROUPS = ("num_group", "n_group", "num_expert_group")
+_TOP_GROUPS = ("topk_group", "topk_groups", "num_limited_groups")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
 _ROUTER = re.compile(r"(.*_)?(router|gating)|gate|moe_gate|router_gate", re.IGNORECASE)
 _SHARED = re.compile(r"shared?_(expert|mlp)", re.IGNORECASE)
 _ROUTING_TENSOR = re.compile(r"bias|expert|router", re.IGNORECASE)
 # Towers and experts that text never passes through: what they hold must be left alone, for text says nothing about it.
-_NOT_TEXT = re.compile(r"vision|visual|image|video|audio|speech|talker", re.IGNORECASE)
+_NOT_TEXT = re.compile(r"vision(?!_?lang)|visual|image|video|audio|speech|talker", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class MoELayer:
         expert_params: parameters of one expert, biases included.
         router: state-dict names of the tensors that hold one entry per expert along `expert_dim`, outside the experts.
         groups: number of expert groups of a group-limited router, else 1.
+        top_groups: groups that a token may pick from, None where the router is not group-limited.
         shared: dotted names of the shared-expert modules beside the experts.
         removable: None when router rows can be removed, else why not, in words.
     """
@@ -66,6 +68,7 @@ class MoELayer:
     expert_params: int
     router: tuple[str, ...]
     groups: int
+    top_groups: int | None
     shared: tuple[str, ...]
     removable: str | None
 
@@ -164,7 +167,7 @@ def _describe(model: nn.Module, name: str, stack: str, first: MoELayer | None) -
     layer_name = f"{stack}.{index}"
     down = _weight(experts, "down_proj")
     assert down is not None
-    num_experts = down.shape[0]
+    num_experts = getattr(experts, "num_logical_experts", down.shape[0])  # those of the router, stand-ins included
     hidden, width = (down.shape[2], down.shape[1]) if getattr(experts, "is_transposed", False) else down.shape[1:]
     routers = _routers(model, block_name)
     config = text_config(getattr(model, "config", None))
@@ -190,6 +193,7 @@ def _describe(model: nn.Module, name: str, stack: str, first: MoELayer | None) -
         expert_params=_expert_params(experts, num_experts),
         router=tuple(tensors),
         groups=_groups(routers),
+        top_groups=_first([module for _, module in routers], _TOP_GROUPS) if _groups(routers) > 1 else None,
         shared=_shared(model, block_name, layer_name),
         removable=_why_not_removable(model, block_name, routers, tensors, config, num_experts),
     )
@@ -279,5 +283,5 @@ def _first(places: list[Any], names: tuple[str, ...]) -> int | None:
 def _read(place: Any, name: str) -> Any:
     try:
         return getattr(place, name, None)
-    except ValueError:  # transformers refuses to read from the whole config what varies by layer
+    except RuntimeError:  # transformers refuses to read from the whole config what varies by layer
         return None

@@ -8,16 +8,17 @@ Letters: B blocks of a batch, S tokens of a block, C positions of a chunk, V voc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from understudy.data import Blocks
-from understudy.errors import NumericError
+from understudy.errors import NumericError, UnsupportedModelError
 from understudy.skeleton import Skeleton
 from understudy.walk import Observe, Walk
 
@@ -39,50 +40,52 @@ class Quality:
 
 
 def vocabulary(skeleton: Skeleton) -> int:
-    """How many tokens the model chooses among: the rows of its head."""
-    head = skeleton.model.get_output_embeddings() or skeleton.model.get_input_embeddings()
+    """How many tokens the model chooses among: the rows of its head.
+
+    Raises:
+        UnsupportedModelError: the model predicts something else than tokens.
+    """
+    # a model for several modalities may leave the question to the language model inside it
+    inside = (module for module in skeleton.model.modules() if isinstance(module, PreTrainedModel))
+    head = next((head for module in inside if (head := module.get_output_embeddings()) is not None), None)
+    if head is None:
+        raise UnsupportedModelError(
+            f"{skeleton.checkpoint.folder}: {type(skeleton.model).__name__} has no language head; only models that "
+            "predict the next token can be evaluated"
+        )
     return int(head.weight.shape[0])
 
 
-def measure(
-    model: Walk,
-    original: Walk | None,
-    blocks: Blocks,
-    *,
-    observe: Observe | None = None,
-    progress: Progress = lambda what, done, total: None,
-) -> Quality:
-    """Walk `model`, and `original` if given, over the same blocks, and compare what they predict.
+def measure(walks: Sequence[tuple[Walk, Observe]], blocks: Blocks, report: Progress) -> Quality:
+    """Walk a model, and the original behind it if given, over the same blocks, and compare what they predict.
 
     Args:
-        model, original: walks over `blocks.ids` in batches of the same size, over the same vocabulary.
+        walks: of the model, then of the original, over `blocks.ids` in batches of the same size and over the same
+            vocabulary; with each what surrounds the run of its layers, as in `Walk.through_layers`.
         blocks: where the tokens come from.
-        observe: surrounds the run of each layer of `model`, as in `Walk.through_layers`.
-        progress: called with (what is going on, done, all).
+        report: called with (what is going on, done, all).
 
     Raises:
         NumericError: NaN or infinity in a layer's output or in what is predicted.
     """
-    for walk, what in ((model, "walk model"), (original, "walk original")):
-        if walk is not None:
-            with walk.ready():
-                done = partial(_layer_done, progress, what, walk.depth)
-                walk.through_layers(observe if walk is model else None, done=done)
-    walks = [model] if original is None else [model, original]
+    for (walk, observe), what in zip(walks, ("walk model", "walk original"), strict=False):
+        with walk.ready():
+            walk.through_layers(observe, done=partial(_layer_done, report, what, walk.depth))
+    both = [walk for walk, _ in walks]
     sums = np.zeros((len(blocks.names), 5))
-    start, total = 0, len(model.batches)
+    start, total = 0, len(both[0].batches)
     with ExitStack() as stack:
-        for walk in walks:
+        for walk in both:
             stack.enter_context(walk.ready())
-        for number, batch in enumerate(model.batches):
-            np.add.at(sums, blocks.source[start : start + len(batch)], _batch_sums(walks, number, batch))
+        for number, batch in enumerate(both[0].batches):
+            np.add.at(sums, blocks.source[start : start + len(batch)], _batch_sums(both, number, batch))
             start += len(batch)
-            progress("predict", number + 1, total)
-    return _figures(blocks.names, sums, compared=original is not None)
+            report("predict", number + 1, total)
+    return _figures(blocks.names, sums, compared=len(both) == 2)
 
 
-def _layer_done(progress: Progress, what: str, total: int, index: int) -> None:
-    progress(what, index + 1, total)
+def _layer_done(report: Progress, what: str, total: int, index: int) -> None:
+    report(what, index + 1, total)
 
 
 @torch.no_grad()
@@ -129,7 +132,7 @@ def _divergence(p_BCV: torch.Tensor, q_BCV: torch.Tensor) -> torch.Tensor:
 
 def _check(walk: Walk, sums_B: torch.Tensor) -> None:
     if not bool(torch.isfinite(sums_B).all()):
-        folder, dtype = walk.skeleton.checkpoint.folder, walk.skeleton.dtype
+        folder, dtype = walk.skeleton.checkpoint.folder, str(walk.skeleton.dtype).removeprefix("torch.")
         raise NumericError(
             f"{folder}: what it predicts is NaN or infinite in {dtype}; try --dtype float32, or check the checkpoint"
         )

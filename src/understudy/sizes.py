@@ -52,7 +52,7 @@ class RouteCounter:
         finally:
             del experts.forward
 
-    def routes(self) -> dict[str, np.ndarray]:
+    def means(self) -> dict[str, np.ndarray]:
         """Mean routes of a token to each expert by original id, float64 `[E]`, by layer key."""
         return {key: counts.double().numpy() / self._tokens[key] for key, counts in self._counts.items()}
 
@@ -72,7 +72,8 @@ def count_params(skeleton: Skeleton, routes: Mapping[str, np.ndarray]) -> dict[s
         routed += each * layer.num_experts
         if isinstance(experts, StandInExperts):
             routed += experts.constants.numel()
-            mean_E = routes.get(layer.key, np.full(experts.num_logical_experts, layer.top_k / experts.num_logical_experts))
+            E = experts.num_logical_experts
+            mean_E = routes.get(layer.key, np.full(E, layer.top_k / E))
             to_kept, to_constants = mean_E[list(experts.kept)].sum(), mean_E[list(experts.replaced)].sum()
             active += to_kept * each + to_constants * experts.constants.shape[1]
         else:

@@ -181,7 +181,9 @@ class Skeleton:
         keys: dict[int, list[str]] = defaultdict(list)
         names: dict[int, list[str]] = defaultdict(list)
         for key, target in self.targets.items():
-            if target in state:  # others (multi-token-prediction heads, ...) have no place in the model; they are copied
+            if (
+                target in state
+            ):  # others (multi-token-prediction heads, ...) have no place in the model; they are copied
                 keys[part_of(target)].append(key)
         for name in state:
             names[part_of(name)].append(name)
@@ -289,4 +291,3 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-

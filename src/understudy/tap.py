@@ -56,7 +56,7 @@ class Tap:
         own_flag, own_norm = experts.has_post_expert_norm, getattr(experts, "post_expert_norm", None)
 
         def read(output_NH: torch.Tensor) -> torch.Tensor:
-            if own_flag:
+            if own_flag and own_norm is not None:
                 output_NH = own_norm(output_NH)
             ids_N, order_N = torch.sort(index_Tk.reshape(-1))  # as the implementation sorts them
             self._add(output_NH, weights_Tk.reshape(-1)[order_N], ids_N, tokens=len(hidden_TH))
@@ -91,6 +91,9 @@ class Tap:
         return combined
 
     def _add(self, output_NH: torch.Tensor, gates_N: torch.Tensor, ids_N: torch.Tensor, tokens: int) -> None:
+        routed_N = gates_N != 0
+        if not routed_N.all():  # some routers fill a token's unused places with expert 0 at gate 0: nobody chose it
+            output_NH, gates_N, ids_N = output_NH[routed_N], gates_N[routed_N], ids_N[routed_N]
         batch = batch_stats(output_NH, gates_N, ids_N, self.num_experts, tokens)
         self.stats = batch if self.stats is None else self.stats + batch
 

@@ -16,7 +16,7 @@ from understudy.checkpoint import Checkpoint
 from understudy.errors import CheckpointError
 from understudy.kinds import get_kind
 from understudy.moe import MoELayer
-from understudy.plan import Plan
+from understudy.plans import Plan
 from understudy.shards import CHUNK, Piece
 from understudy.skeleton import Skeleton
 from understudy.stats import Probe, Stats

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from understudy.activations import ActivationStore
-from understudy.errors import NumericError
+from understudy.errors import NumericError, UnsupportedModelError
 from understudy.skeleton import ROOT, Skeleton, all_finite
 
 Observe = Callable[[int, nn.Module], AbstractContextManager[Any]]
@@ -70,8 +70,7 @@ class Walk:
                 with observe(index, layer) if observe else nullcontext():
                     for number, batch in enumerate(self.batches):
                         args, kwargs = self._arguments(index, number, batch)
-                        output = layer(*args, **kwargs)
-                        self._check(output, index)
+                        output = self._run(layer, index, args, kwargs)
                         self.store.put(number, output)
             self.store.commit(index)
             if done:
@@ -80,11 +79,11 @@ class Walk:
     @torch.no_grad()
     def logits(self, number: int) -> torch.Tensor:
         """Logits `[B, S, V]` of a batch whose last layer's output is in the store."""
-        return self._cut_short(self.depth, self.batches[number], self.store.get(number)).logits
+        return self._finish(self.batches[number], self.store.get(number))
 
     @torch.no_grad()
     def logit_chunks(self, number: int, size: int) -> Iterator[torch.Tensor]:
-        """Logits of a batch, `size` positions at a time, `[B, C, V]`; without the last position, which predicts nothing.
+        """Logits of a batch, `[B, C, V]` of `size` positions at a time; the last, which predicts nothing, is left out.
 
         A few families give logits for all positions only; theirs are computed at once and handed out in pieces.
         """
@@ -92,7 +91,7 @@ class Walk:
         positions = torch.arange(batch.shape[1] - 1, device=self.skeleton.device)
         if "logits_to_keep" in inspect.signature(self.skeleton.model.forward).parameters:
             for part in positions.split(size):
-                yield self._cut_short(self.depth, batch, output, logits_to_keep=part).logits
+                yield self._finish(batch, output, logits_to_keep=part)
         else:
             yield from self.logits(number)[:, :-1].split(size, dim=1)
 
@@ -100,21 +99,49 @@ class Walk:
         try:
             self._cut_short(index, batch, self.store.get(number) if index else None)
         except _Reached as reached:
+            if index > 1 and number == 0 and any(_has_nan(x) for x in pytree.tree_leaves(reached.arguments)):
+                raise self._unsupported("read what layers before the previous one put out") from None
             return reached.arguments
         raise AssertionError(f"the model's forward never called decoder layer {index}")
 
+    def _run(self, layer: nn.Module, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            output = layer(*args, **kwargs)
+        except (KeyError, AttributeError) as error:  # looks for something that an earlier layer left somewhere
+            raise self._unsupported(f"cannot run one by one (layer {index}: {error!r})") from error
+        for tensor in pytree.tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not all_finite(tensor):
+                raise NumericError(
+                    f"{self.skeleton.checkpoint.folder}: decoder layer {index} puts out NaN or infinity in "
+                    f"{self.skeleton.dtype}; try --dtype float32, or check the checkpoint"
+                )
+        return output
+
+    def _finish(self, batch: np.ndarray, output: Any, **more: Any) -> torch.Tensor:
+        logits = self._cut_short(self.depth, batch, output, **more).logits
+        if _has_nan(logits):
+            raise self._unsupported("are read again by the head, other than the last")
+        return logits
+
     def _cut_short(self, index: int, batch: np.ndarray, output: Any, **more: Any) -> Any:
-        """Run the model's forward with layers below `index` answering `output` and layer `index` raising."""
+        """Run the model's forward with layer `index - 1` answering `output` and layer `index` raising.
 
-        def hand_through(*args: Any, **kwargs: Any) -> Any:
-            return output
+        Layers before those answer NaN: a model that reads what lies further back than the previous layer would go
+        silently wrong here, and shows itself by passing the NaN on.
+        """
+        poison = pytree.tree_map(_poison, output)
 
-        def stop(*args: Any, **kwargs: Any) -> Any:
-            raise _Reached(args, kwargs)
+        def stand_for(i: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if i == index:
+                    raise _Reached(args, kwargs)
+                return output if i == index - 1 else poison
+
+            return forward
 
         layers = self.skeleton.decoder_layers
         for i, layer in enumerate(layers):
-            layer.forward = hand_through if i < index else stop  # an attribute of the object shadows the class's
+            layer.forward = stand_for(i)  # an attribute of the object shadows the class's method
         try:
             ids = torch.from_numpy(np.ascontiguousarray(batch)).long().to(self.skeleton.device)
             return self.skeleton.model(input_ids=ids, use_cache=False, **more)
@@ -122,10 +149,18 @@ class Walk:
             for layer in layers:
                 del layer.forward
 
-    def _check(self, output: Any, index: int) -> None:
-        for tensor in pytree.tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not all_finite(tensor):
-                raise NumericError(
-                    f"{self.skeleton.checkpoint.folder}: decoder layer {index} puts out NaN or infinity in "
-                    f"{self.skeleton.dtype}; try --dtype float32, or check the checkpoint"
-                )
+    def _unsupported(self, what: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{type(self.skeleton.model).__name__} is not supported: its decoder layers {what}, and a walk keeps only "
+            "what the last layer put out"
+        )
+
+
+def _poison(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return torch.full((), float("nan"), dtype=value.dtype, device=value.device).expand(value.shape)
+    return value
+
+
+def _has_nan(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any())

@@ -14,7 +14,7 @@ import numpy as np
 
 from understudy.errors import PlanError
 from understudy.facts import LayerFacts, ModelFacts
-from understudy.plan import Plan, check_model
+from understudy.plans import Plan, check_model
 from understudy.registry import discover, lookup
 from understudy.stats import ExpertStats
 

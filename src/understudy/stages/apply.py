@@ -20,7 +20,7 @@ from understudy.kinds import check_plan, expected_bytes, get_kind
 from understudy.layout import expert_tensors, model_facts
 from understudy.loading import declare_constants
 from understudy.moe import expert_count_keys, text_config
-from understudy.plan import Plan, load_plan
+from understudy.plans import Plan, load_plan
 from understudy.shards import MAX_SHARD, Piece, whole, write_folder
 from understudy.skeleton import Skeleton
 from understudy.stats import Stats, file_hash, load_stats
@@ -85,12 +85,22 @@ def apply(
         limit = parse_bytes(max_shard_size) if max_shard_size else MAX_SHARD
         report = progress or (lambda what, done, total: None)
         write_folder(
-            staging, source.checkpoint, pieces, max_shard=limit, progress=lambda done, total: report("write", done, total)
+            staging,
+            source.checkpoint,
+            pieces,
+            max_shard=limit,
+            progress=lambda done, total: report("write", done, total),
         )
         _write_rest(staging, source.checkpoint, config)
         _write_artefacts(staging, decided, plan_file, stats, artefacts or {})
         verify_folder(
-            source, staging, decided, pieces, known, trust_remote_code, lambda done, total: report("verify", done, total)
+            source,
+            staging,
+            decided,
+            pieces,
+            known,
+            trust_remote_code,
+            lambda done, total: report("verify", done, total),
         )
         os.replace(staging, target)
     except OSError as error:
@@ -137,7 +147,12 @@ def _cut(source: Skeleton, plan: Plan, stats: Stats | None) -> tuple[list[Piece]
             kind = get_kind(name)
             tensors = expert_tensors(source, layer)
             cut: LayerCut = kind.cut(
-                layer, tensors, source.checkpoint, replaced, stats.layers[layer.key] if stats else None, names.get(layer.key, {})
+                layer,
+                tensors,
+                source.checkpoint,
+                replaced,
+                stats.layers[layer.key] if stats else None,
+                names.get(layer.key, {}),
             )
             gone |= cut.gone
             changed |= cut.changed

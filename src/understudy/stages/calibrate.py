@@ -242,8 +242,8 @@ def _processes(device: torch.device) -> tuple[int, int]:
         return 0, 1
     from accelerate import PartialState
 
-    state = PartialState(cpu=device.type == "cpu")
-    return state.process_index, state.num_processes
+    PartialState(cpu=device.type == "cpu")  # opens the process group with the backend that suits the device
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def _merge_over_processes(local: ExpertStats, world: int) -> ExpertStats:

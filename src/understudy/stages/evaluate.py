@@ -2,69 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from understudy._version import __version__
 from understudy.activations import ActivationStore
 from understudy.checkpoint import resolve
-from understudy.data import BUNDLED, Blocks, token_blocks
+from understudy.data import Blocks, token_blocks
 from understudy.errors import DataError, UnderstudyError
 from understudy.facts import parse_bytes
 from understudy.harness import Harness
+from understudy.metrics import Metrics
 from understudy.quality import ALL, Quality, measure, vocabulary
 from understudy.recipe import Evaluation, settings_from
 from understudy.sizes import RouteCounter, count_params
 from understudy.skeleton import Skeleton
+from understudy.sources import BUNDLED
 from understudy.tokens import load_tokenizer, longest_sequence, same_tokenizer_files
 from understudy.walk import Walk
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
+Tasks = dict[str, dict[str, float | None]]  # value by task and metric
 
-FORMAT = 1
 _TEXT_ONLY = ("samples", "seq_len", "seed", "activation_memory")  # settings without effect where no text is read
 _TASKS_ONLY = ("include_path", "limit", "num_fewshot")
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Figures of one model; those by source of text have the total of all sources under "all".
-
-    Attributes:
-        perplexity: exponential of the mean negative log-likelihood, in nats a predicted token; empty without text.
-        kl: mean KL(original || model) in nats a predicted token; None without an original or text, as those below.
-        kl_by_source: the same for each source.
-        top1_agreement: share of predicted positions at which both models find the same token most likely.
-        top1_by_source: the same for each source.
-        bytes: of all tensors of the checkpoint.
-        params: `total`, `routed` (in routed experts and their stand-ins), `active` (that a token passes through).
-        tasks: lm-eval's results by task and metric.
-        against: perplexity, bytes, params and tasks of the original, None without one.
-        provenance: what was evaluated, on what, with which settings.
-        notes: what a reader of the figures should know, a sentence each.
-    """
-
-    perplexity: dict[str, float]
-    kl: float | None
-    kl_by_source: dict[str, float] | None
-    top1_agreement: float | None
-    top1_by_source: dict[str, float] | None
-    bytes: int
-    params: dict[str, int]
-    tasks: dict[str, dict[str, float | None]]
-    against: dict[str, Any] | None
-    provenance: dict[str, Any]
-    notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data, as `--json` prints it and `metrics.json` holds it."""
-        return {"format": FORMAT, **asdict(self), "notes": list(self.notes)}
 
 
 @dataclass(frozen=True)
@@ -74,6 +40,7 @@ class _Subject:
     given: str
     folder: Path
     skeleton: Skeleton
+    routes: RouteCounter
 
     def facts(self) -> dict[str, str]:
         dtype = str(self.skeleton.dtype).removeprefix("torch.")
@@ -116,20 +83,25 @@ def evaluate(
     harness = None
     if chosen.tasks:
         harness = Harness(chosen.tasks, chosen.include_path, {"pretrained": str(subject.folder.absolute())})
-    counter = RouteCounter(subject.skeleton)
-    quality = None if blocks is None else _read_text(subject, original, blocks, chosen, counter, report)
+    quality = None if blocks is None else _read_text(subject, original, blocks, chosen, report)
     tasks = [
         _answer_tasks(harness, who, chosen, f"tasks {what}", report)
         for who, what in ((subject, "model"), (original, "original"))
     ]
-    metrics = _gather(subject, original, quality, counter, tasks, chosen, blocks, harness)
+    metrics = Metrics(
+        **_figures(subject, quality, tasks[0]),
+        against=None if original is None else _figures_of_original(original, quality, tasks[1]),
+        provenance=_provenance(subject, original, chosen, blocks, harness),
+        notes=_notes(chosen, blocks),
+    )
     return _save(metrics, Path(model), subject)
 
 
 def _check_settings(settings: Evaluation) -> None:
     """Refuse a setting without effect: whoever gave it expects one."""
-    idle = _TEXT_ONLY if settings.tasks and not settings.data else ()
-    idle += () if settings.tasks else _TASKS_ONLY
+    idle: tuple[str, ...] = _TASKS_ONLY
+    if settings.tasks:
+        idle = () if settings.data else _TEXT_ONLY
     fields = Evaluation.model_fields
     for name in idle:
         if getattr(settings, name) != fields[name].default:
@@ -142,7 +114,7 @@ def _open(model: str | os.PathLike[str], settings: Evaluation) -> _Subject:
     skeleton = Skeleton(
         folder, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
     )
-    return _Subject(os.fspath(model), folder, skeleton)
+    return _Subject(os.fspath(model), folder, skeleton, RouteCounter(skeleton))
 
 
 def _check_same_vocabulary(subject: _Subject, original: _Subject) -> None:
@@ -161,13 +133,13 @@ def _blocks(subject: _Subject, original: _Subject | None, settings: Evaluation) 
             raise DataError(f"--seq-len {settings.seq_len} is more than the {limit} positions of {who.folder}")
     reader = original or subject
     blocks = _tokenised(reader, settings)
-    if original is not None and not same_tokenizer_files(subject.folder, original.folder):
-        # files may differ by no more than who wrote them, so what counts is what they make of this text
-        if _tokenised(subject, settings).digest != blocks.digest:
-            raise DataError(
-                f"the tokenizers of {subject.folder} and {original.folder} give different ids for the same text; give "
-                "as --against the model that the first was made from"
-            )
+    differ = original is not None and not same_tokenizer_files(subject.folder, original.folder)
+    # files may differ by no more than who wrote them, so what counts is what they make of this text
+    if differ and _tokenised(subject, settings).digest != blocks.digest:
+        raise DataError(
+            f"the tokenizers of {subject.folder} and {reader.folder} give different ids for the same text; give as "
+            "--against the model that the first was made from"
+        )
     if ALL in blocks.names:
         raise DataError(f"a source of text is named {ALL!r}, which stands for the total; rename its file or folder")
     if blocks.ids.max() >= (ids := vocabulary(reader.skeleton)):
@@ -186,27 +158,19 @@ def _tokenised(who: _Subject, settings: Evaluation) -> Blocks:
 
 
 def _read_text(
-    subject: _Subject,
-    original: _Subject | None,
-    blocks: Blocks,
-    settings: Evaluation,
-    counter: RouteCounter,
-    report: Progress,
+    subject: _Subject, original: _Subject | None, blocks: Blocks, settings: Evaluation, report: Progress
 ) -> Quality:
-    # both hold the outputs of their last layer until the end, so they share what may be held in memory
-    limit = parse_bytes(settings.activation_memory) // (1 if original is None else 2)
-
-    def walk(who: _Subject) -> Walk:
-        store = ActivationStore(limit, device=who.skeleton.device)
-        return Walk(who.skeleton, blocks.ids, settings.batch_size, store)
-
-    other = None if original is None else walk(original)
-    return measure(walk(subject), other, blocks, observe=counter.observe, progress=report)
+    both = [who for who in (subject, original) if who is not None]
+    # each holds the outputs of its last layer until the end, so they share what may be held in memory
+    limit = parse_bytes(settings.activation_memory) // len(both)
+    stores = [ActivationStore(limit, device=who.skeleton.device) for who in both]
+    walks = [Walk(w.skeleton, blocks.ids, settings.batch_size, s) for w, s in zip(both, stores, strict=True)]
+    return measure([(walk, who.routes.observe) for walk, who in zip(walks, both, strict=True)], blocks, report)
 
 
 def _answer_tasks(
     harness: Harness | None, who: _Subject | None, settings: Evaluation, what: str, report: Progress
-) -> dict[str, dict[str, float | None]]:
+) -> Tasks:
     if harness is None or who is None:
         return {}
     report(what, 0, 1)
@@ -224,35 +188,73 @@ def _answer_tasks(
     return found
 
 
-def _gather(
+def _figures(subject: _Subject, quality: Quality | None, tasks: Tasks) -> dict[str, Any]:
+    kl, top1 = (quality.kl, quality.top1) if quality else (None, None)
+    return {
+        "perplexity": quality.perplexity if quality else {},
+        "kl": kl[ALL] if kl else None,
+        "kl_by_source": kl,
+        "top1_agreement": top1[ALL] if top1 else None,
+        "top1_by_source": top1,
+        "bytes": subject.skeleton.checkpoint.nbytes,
+        "params": count_params(subject.skeleton, subject.routes.means()),
+        "tasks": tasks,
+    }
+
+
+def _figures_of_original(original: _Subject, quality: Quality | None, tasks: Tasks) -> dict[str, Any]:
+    return {
+        "perplexity": (quality.original_perplexity if quality else None) or {},
+        "bytes": original.skeleton.checkpoint.nbytes,
+        "params": count_params(original.skeleton, original.routes.means()),
+        "tasks": tasks,
+    }
+
+
+def _provenance(
     subject: _Subject,
     original: _Subject | None,
-    quality: Quality | None,
-    counter: RouteCounter,
-    tasks: list[dict[str, dict[str, float | None]]],
     settings: Evaluation,
     blocks: Blocks | None,
     harness: Harness | None,
-) -> Metrics:
-    compared = None
-    if original is not None:
-        compared = {
-            "perplexity": (quality.original_perplexity if quality else None) or {},
-            "bytes": original.skeleton.checkpoint.nbytes,
-            "params": count_params(original.skeleton, {}),
-            "tasks": tasks[1],
-        }
-    kl, top1 = (quality.kl, quality.top1) if quality else (None, None)
-    return Metrics(
-        perplexity=quality.perplexity if quality else {},
-        kl=kl[ALL] if kl else None,
-        kl_by_source=kl,
-        top1_agreement=top1[ALL] if top1 else None,
-        top1_by_source=top1,
-        bytes=subject.skeleton.checkpoint.nbytes,
-        params=count_params(subject.skeleton, counter.routes()),
-        tasks=tasks[0],
-        against=compared,
-        provenance=_provenance(subject, original, settings, blocks, harness),
-        notes=_notes(settings, blocks),
-    )
+) -> dict[str, Any]:
+    """What the figures depend on; no times and no machine, so that equal runs leave equal files."""
+    found: dict[str, Any] = {
+        "understudy": __version__,
+        "model": subject.facts(),
+        "against": original.facts() if original else None,
+        "batch_size": settings.batch_size,
+        "data": None,
+        "tasks": None,
+    }
+    if blocks is not None:
+        drawn = {name: int((blocks.source == i).sum()) for i, name in enumerate(blocks.names)}
+        specs = list(settings.data) or [BUNDLED]
+        data = {"specs": specs, "blocks": drawn, "seq_len": settings.seq_len, "seed": settings.seed}
+        found["data"] = {**data, "digest": blocks.digest}
+    if harness is not None:
+        few = {"limit": settings.limit, "num_fewshot": settings.num_fewshot}
+        found["tasks"] = {"names": harness.names, "lm_eval": harness.version, **few}
+    return found
+
+
+def _notes(settings: Evaluation, blocks: Blocks | None) -> tuple[str, ...]:
+    notes = list(blocks.notes) if blocks else []
+    if blocks and not settings.data:
+        notes.append("the text is the bundled one, which calibrate reads by default, too; name other text with --data")
+    if settings.limit is not None:
+        notes.append(f"of each task only the first {settings.limit} items were run")
+    return tuple(notes)
+
+
+def _save(metrics: Metrics, given: Path, subject: _Subject) -> Metrics:
+    """Write the metrics into a local model folder; where that cannot be, a note says so."""
+    note = f"{subject.given} is no local folder, so no metrics.json was written"
+    if given.expanduser() == subject.folder:
+        try:
+            metrics.save(subject.folder / "understudy" / "metrics.json")
+            return metrics
+        except OSError as error:
+            note = f"metrics.json was not written into {subject.folder} ({error.strerror})"
+    logger.warning("%s", note)
+    return replace(metrics, notes=(*metrics.notes, note))

@@ -8,7 +8,7 @@ from typing import Any
 from understudy.errors import PlanError
 from understudy.facts import ModelFacts
 from understudy.kinds import check_plan, expected_bytes
-from understudy.plan import Plan, load_plan
+from understudy.plans import Plan, load_plan
 
 KEPT = "kept"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +13,8 @@ from understudy.errors import PlanError, StatsError
 from understudy.facts import LayerFacts, ModelFacts, format_bytes, parse_bytes
 from understudy.kinds import Kind, check_plan, expected_bytes, get_kind
 from understudy.methods import Method, get_method
-from understudy.plan import Plan, PlanModel
-from understudy.recipe import Selection
+from understudy.plans import Plan, PlanModel
+from understudy.recipe import Selection, settings_from
 from understudy.scores import Score, Scores, get_score, score_layers
 from understudy.stats import Stats, file_hash, load_stats
 
@@ -30,6 +31,21 @@ class PlanResult:
     expected_bytes: int
     notes: tuple[str, ...]
     scores: Scores
+
+
+def plan(
+    stats: Stats | str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    settings: Selection | None = None,
+    **options: Any,
+) -> PlanResult:
+    """Choose the experts to replace; settings as an object or by name (`method`, `ratio`, ... of `recipe.Selection`).
+
+    Raises:
+        UnderstudyError: as `make_plan`, and for unknown options.
+    """
+    return make_plan(stats, settings_from(Selection, settings, options), out)
 
 
 def make_plan(

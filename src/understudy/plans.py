@@ -166,7 +166,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         raise PlanError(f"{file}: no such plan; `understudy plan` writes one") from None
     except OSError as error:
         raise PlanError(f"{file}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "not text"

@@ -11,7 +11,7 @@ import yaml
 
 from understudy.errors import OutputError, PlanError
 from understudy.facts import layer_order
-from understudy.plan import Plan, PlanModel, check_model, load_plan
+from understudy.plans import Plan, PlanModel, check_model, load_plan
 from understudy.stages.review import diff, show
 
 TEXT = """\
@@ -69,7 +69,7 @@ def test_a_plan_is_plain_yaml(tmp_path: Path) -> None:
 
 def test_order_and_empty_entries_make_no_difference() -> None:
     plan = a_plan({5: {"constant": [7, 1]}, "0": {"low_rank": [3], "constant": [5]}, 1: {"constant": []}, 2: None})
-    assert plan == a_plan({0: {"constant": [5], "low_rank": [3]}, 5: {"constant": [1, 7]}})
+    assert plan.text() == a_plan({0: {"constant": [5], "low_rank": [3]}, 5: {"constant": [1, 7]}}).text()
     assert list(plan.layers) == ["0", "5"]
     assert a_plan({}).text() == a_plan({3: {}}).text()
     assert a_plan({}).text().endswith("layers: {}\n")
