@@ -61,7 +61,9 @@ def main() -> None:
     print(f"calibrate / plain: median {statistics.median(ratios):.3f}  min {min(ratios):.3f}  max {max(ratios):.3f}")
     if args.all_experts:
         elapsed = timed(lambda: every_expert(skeleton, ids))
-        print(f"every expert on every token: {elapsed:.1f} s, {elapsed / statistics.median(seconds['calibrate']):.1f} x")
+        print(
+            f"every expert on every token: {elapsed:.1f} s, {elapsed / statistics.median(seconds['calibrate']):.1f} x"
+        )
 
 
 def timed(run: Callable[[], None]) -> float:

@@ -167,9 +167,7 @@ def test_neither_chunks_nor_spilling_nor_batches_change_the_figures(
 ) -> None:
     whole = evaluate(perturbed, against=original, data=data, **TEXT)
     monkeypatch.setattr(quality, "_CHUNK_BYTES", 8 * 96 * 5)  # 2 positions of a batch of 2
-    pieces = evaluate(
-        perturbed, against=original, data=data, **(TEXT | {"batch_size": 2}), activation_memory="1KB"
-    )
+    pieces = evaluate(perturbed, against=original, data=data, **(TEXT | {"batch_size": 2}), activation_memory="1KB")
     assert pieces.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
     assert pieces.kl_by_source == pytest.approx(whole.kl_by_source, rel=1e-5)
     assert pieces.top1_by_source == whole.top1_by_source

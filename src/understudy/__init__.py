@@ -25,7 +25,7 @@ _COMMANDS = {
     "diff": "understudy.stages.review",
     "apply": "understudy.stages.apply",
     "compress": "understudy.stages.compress",
-    "eval": "understudy.stages.evaluate",
+    "eval": "understudy.stages.evaluate:evaluate",  # not to hide the builtin there
 }
 _WATCHED = "transformers.modeling_utils"
 
@@ -62,7 +62,8 @@ else:
 
 def __getattr__(name: str) -> Any:
     if name in _COMMANDS:
-        return getattr(importlib.import_module(_COMMANDS[name]), name)
+        module, _, function = _COMMANDS[name].partition(":")
+        return getattr(importlib.import_module(module), function or name)
     raise AttributeError(f"module 'understudy' has no attribute {name!r}")
 
 

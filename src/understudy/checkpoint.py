@@ -167,9 +167,12 @@ class Checkpoint:
 
     def raw(self, entry: TensorEntry, start: int = 0, nbytes: int | None = None) -> bytearray:
         """Read the bytes of one tensor, or a part of them."""
-        wanted = entry.nbytes - start if nbytes is None else nbytes
-        buffer = bytearray(wanted)
-        path, view, done = self.folder / entry.file, memoryview(buffer), 0
+        buffer = bytearray(entry.nbytes - start if nbytes is None else nbytes)
+        self._fill(entry, start, memoryview(buffer))
+        return buffer
+
+    def _fill(self, entry: TensorEntry, start: int, view: memoryview) -> None:
+        path, done, wanted = self.folder / entry.file, 0, len(view)
         try:
             with path.open("rb", buffering=0) as f:
                 f.seek(entry.start + start)
@@ -180,7 +183,6 @@ class Checkpoint:
                     done += got
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-        return buffer
 
     def read(self, name: str) -> Any:
         """Read one tensor as a `torch.Tensor` of its own dtype and shape."""
@@ -191,6 +193,16 @@ class Checkpoint:
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=dtype)
         return torch.frombuffer(self.raw(entry), dtype=dtype).reshape(entry.shape)
+
+    def read_into(self, name: str, out: Any) -> None:
+        """Read one tensor into a contiguous CPU `torch.Tensor` of its shape, converting to the dtype of `out`."""
+        import torch
+
+        entry = self.entries[name]
+        if getattr(torch, DTYPES[entry.dtype][0]) == out.dtype:
+            self._fill(entry, 0, memoryview(out.view(torch.uint8).numpy()).cast("B"))
+        else:
+            out.copy_(self.read(name))
 
     def lazy(self, name: str) -> LazyTensor:
         """A tensor that is read when it is indexed, as transformers' loader expects of a safetensors slice."""

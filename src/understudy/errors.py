@@ -10,7 +10,7 @@
     ├── OutputError                 the output folder is taken, or cannot be written (disk full)
     └── DependencyError             an optional package is missing; the message names the extra that brings it
 
-Each message says what is wrong, where, and what to do. A broken invariant of our own is an `assert`, never one of these.
+Each message says what is wrong, where, and what to do. A broken invariant of our own is an `assert`, never of these.
 """
 
 

@@ -43,6 +43,7 @@ class ModelFacts(BaseModel):
     fingerprint: str
     nbytes: int
     params: int
+    unloaded_bytes: int = 0  # of tensors that the model has no place for (multi-token prediction, ...)
     layers: dict[str, LayerFacts]  # in the order of the model
 
     @field_validator("layers")

@@ -102,6 +102,7 @@ def model_facts(skeleton: Skeleton, source: str) -> ModelFacts:
         fingerprint=skeleton.checkpoint.fingerprint,
         nbytes=skeleton.checkpoint.nbytes,
         params=sum(e.numel for e in entries.values()),
+        unloaded_bytes=skeleton.unloaded_bytes,
         layers=layers,
     )
 
@@ -109,3 +110,15 @@ def model_facts(skeleton: Skeleton, source: str) -> ModelFacts:
 def expert_dtype(checkpoint: Checkpoint, tensors: ExpertTensors) -> str:
     """Dtype that a layer's experts are stored in, as safetensors spells it."""
     return checkpoint.entries[tensors.all_experts[0]].dtype
+
+
+def vllm_refuses(layer: MoELayer, tensors: ExpertTensors) -> str | None:
+    """Say why stock vLLM >= 0.33 cannot read constants in a layer's place, or None.
+
+    It also needs a model class of its own for the family, which cannot be told from here.
+    """
+    if tensors.stacked:
+        return f"the experts of {layer.name} are stored stacked, and vLLM reads constants beside single experts only"
+    if sum(part.isdigit() for part in layer.name.split(".")) != 1:
+        return f"vLLM needs one number, the layer's, in the name of the experts; {layer.name} has another count"
+    return None

@@ -10,6 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from understudy.errors import UnderstudyError
 
 Scope = Literal["layer", "model"]
+_DATA = (
+    "text: a file, .jsonl[.xz|.gz|.zst][:field], folder or hf:name[config]:split:field, with =WEIGHT if wanted; "
+    "repeat it for several; default: the bundled text"
+)
 
 
 class _Settings(BaseModel):
@@ -19,13 +23,13 @@ class _Settings(BaseModel):
 class Calibration(_Settings):
     """Settings of `calibrate`."""
 
-    data: tuple[str, ...] = Field((), description="text: file, folder, .jsonl[.xz|.gz|.zst][:field], hf:name[config]")
+    data: tuple[str, ...] = Field((), description=_DATA)
     samples: int = Field(128, gt=0, description="blocks to draw")
     seq_len: int = Field(512, gt=1, description="tokens in a block")
     seed: int = Field(0, ge=0, description="seed of the draw")
     dtype: str = Field("auto", description="dtype to compute in; auto = the checkpoint's own")
     device: str = Field("auto", description="device to compute on; auto = an accelerator if there is one")
-    batch_size: int = Field(8, gt=0, description="blocks that run together")
+    batch_size: int = Field(4, gt=0, description="blocks that run together")
     activation_memory: str = Field("4GB", description="past this size, activations go to files that are memory-mapped")
     experts: str = Field("auto", description="transformers' experts implementation; auto = its own default")
     trust_remote_code: bool = Field(False, description="run modelling code that comes with the checkpoint")
@@ -46,15 +50,15 @@ class Selection(_Settings):
 class Evaluation(_Settings):
     """Settings of `eval`."""
 
-    data: tuple[str, ...] = Field((), description="held-out text; as for calibrate")
+    data: tuple[str, ...] = Field((), description=f"held-out {_DATA}")
     samples: int = Field(64, gt=0, description="blocks to draw")
     seq_len: int = Field(512, gt=1, description="tokens in a block")
     seed: int = Field(0, ge=0, description="seed of the draw")
     dtype: str = Field("auto", description="dtype to compute in; auto = the checkpoint's own")
     device: str = Field("auto", description="device to compute on; auto = an accelerator if there is one")
-    batch_size: int = Field(8, gt=0, description="blocks that run together")
+    batch_size: int = Field(4, gt=0, description="blocks that run together")
     activation_memory: str = Field("4GB", description="past this size, activations go to files that are memory-mapped")
-    tasks: tuple[str, ...] = Field((), description="lm-eval tasks")
+    tasks: tuple[str, ...] = Field((), description="lm-eval tasks, commas between them")
     include_path: str | None = Field(None, description="folder with task files of your own")
     limit: int | None = Field(None, gt=0, description="items of each task, for a quick look")
     num_fewshot: int | None = Field(None, ge=0, description="examples before each task item; the task's own by default")

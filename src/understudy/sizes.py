@@ -69,19 +69,20 @@ def count_params(skeleton: Skeleton, routes: Mapping[str, np.ndarray]) -> dict[s
     for layer in skeleton.layers:
         experts = skeleton.model.get_submodule(layer.name)
         each = _expert_params(layer, experts)
-        routed += each * layer.num_experts
         if isinstance(experts, StandInExperts):
-            routed += experts.constants.numel()
+            routed += each * len(experts.kept) + experts.constants.numel()
             E = experts.num_logical_experts
             mean_E = routes.get(layer.key, np.full(E, layer.top_k / E))
             to_kept, to_constants = mean_E[list(experts.kept)].sum(), mean_E[list(experts.replaced)].sum()
             active += to_kept * each + to_constants * experts.constants.shape[1]
         else:
+            routed += each * layer.num_experts
             active += layer.top_k * each
     return {"total": total, "routed": routed, "active": round(total - routed + active)}
 
 
 def _expert_params(layer: MoELayer, experts: nn.Module) -> int:
     """Parameters of one expert; the constants of a layer are stacked like experts and must not be taken for a part."""
+    rows = len(experts.kept) if isinstance(experts, StandInExperts) else layer.num_experts
     stacked = [p for name, p in experts.named_parameters(recurse=False) if name != "constants" and p.dim() > 0]
-    return sum(p[0].numel() for p in stacked if p.shape[0] == layer.num_experts)
+    return sum(p[0].numel() for p in stacked if p.shape[0] == rows)

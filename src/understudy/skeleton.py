@@ -30,6 +30,7 @@ from understudy.checkpoint import DTYPES, Checkpoint
 from understudy.errors import CheckpointError, NumericError, UnderstudyError, UnsupportedModelError
 from understudy.loading import adapt_conversions, install_declared
 from understudy.moe import MoELayer, find_moe_layers
+from understudy.stacking import find_stacks
 
 ROOT = -1  # the part of a model that is outside its decoder layers
 
@@ -161,13 +162,25 @@ class Skeleton:
         converters = [c for c in conversions if isinstance(c, WeightConverter)]
         state = self.model.state_dict()
         prefix = self.model.base_model_prefix
-        routed = {}
+        routed: dict[str, str] = {}
+        patterns: dict[str, str] = {}
         for key in self.checkpoint.entries:
-            target, _ = rename_source_key(key, renamings, converters, prefix, state)
+            target, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if target not in state and key in state:
-                target, _ = rename_source_key(key, [], [], prefix, state)
+                target, pattern = rename_source_key(key, [], [], prefix, state)
             routed[key] = target
+            if pattern is not None:
+                patterns[key] = pattern
         self.used_conversions = [c for c in conversions if c.was_used()]
+        planned = [name.strip(".*^$") for name in self._dtype_plan]
+        stacks = find_stacks(routed, patterns, conversions).values()
+        self._stacks = {
+            stack.target: stack
+            for stack in stacks
+            if stack.target in state
+            and stack.fits(self.checkpoint, state[stack.target].shape)
+            and not any(name in stack.target for name in planned)
+        }
         return routed
 
     def _split_parts(self) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
@@ -189,6 +202,12 @@ class Skeleton:
             names[part_of(name)].append(name)
         return keys, names
 
+    @property
+    def unloaded_bytes(self) -> int:
+        """Bytes of tensors that the model has no place for; they are on disk, and nobody loads them."""
+        state = self.model.state_dict()
+        return sum(self.checkpoint.entries[key].nbytes for key, target in self.targets.items() if target not in state)
+
     # ---- loading ----------------------------------------------------------------------------------------------
 
     def load(self, part: int) -> None:
@@ -205,7 +224,12 @@ class Skeleton:
             dtype_plan=self._dtype_plan,
             weight_mapping=self.conversions(),
         )
-        tensors = {key: self.checkpoint.lazy(key) for key in self.keys[part]}
+        stacks = [self._stacks[name] for name in self.names[part] if name in self._stacks]
+        stacked = {key for stack in stacks for key in stack.keys}
+        for stack in stacks:
+            meta = self.get(stack.target)
+            self._set(stack.target, stack.read(self.checkpoint, meta.shape, meta.dtype).to(self.device))
+        tensors = {key: self.checkpoint.lazy(key) for key in self.keys[part] if key not in stacked}
         with quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(
                 model=self.model, state_dict=tensors, load_config=load_config
@@ -229,13 +253,7 @@ class Skeleton:
     def free(self, part: int) -> None:
         """Send a loaded part back to the meta device."""
         for name in self.names[part]:
-            parent, _, leaf = name.rpartition(".")
-            module, tensor = self.model.get_submodule(parent), self.get(name)
-            empty = torch.empty_like(tensor, device="meta")
-            if leaf in module._parameters:
-                module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
-            else:
-                module._buffers[leaf] = empty
+            self._set(name, torch.empty_like(self.get(name), device="meta"))
 
     @contextmanager
     def resident(self, part: int) -> Iterator[nn.Module]:
@@ -245,6 +263,14 @@ class Skeleton:
             yield self.model if part == ROOT else self.decoder_layers[part]
         finally:
             self.free(part)
+
+    def _set(self, name: str, tensor: torch.Tensor) -> None:
+        parent, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(parent)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._buffers[leaf] = tensor
 
     def get(self, name: str) -> torch.Tensor:
         """A tensor of the model by its dotted name."""

@@ -111,31 +111,30 @@ class Walk:
             raise self._unsupported(f"cannot run one by one (layer {index}: {error!r})") from error
         for tensor in pytree.tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not all_finite(tensor):
-                raise NumericError(
-                    f"{self.skeleton.checkpoint.folder}: decoder layer {index} puts out NaN or infinity in "
-                    f"{self.skeleton.dtype}; try --dtype float32, or check the checkpoint"
-                )
+                raise self._not_finite(f"decoder layer {index}")
         return output
 
     def _finish(self, batch: np.ndarray, output: Any, **more: Any) -> torch.Tensor:
         logits = self._cut_short(self.depth, batch, output, **more).logits
         if _has_nan(logits):
+            if _has_nan(self._cut_short(self.depth, batch, output, poisoned=False, **more).logits):
+                raise self._not_finite("the head")
             raise self._unsupported("are read again by the head, other than the last")
         return logits
 
-    def _cut_short(self, index: int, batch: np.ndarray, output: Any, **more: Any) -> Any:
+    def _cut_short(self, index: int, batch: np.ndarray, output: Any, *, poisoned: bool = True, **more: Any) -> Any:
         """Run the model's forward with layer `index - 1` answering `output` and layer `index` raising.
 
         Layers before those answer NaN: a model that reads what lies further back than the previous layer would go
         silently wrong here, and shows itself by passing the NaN on.
         """
-        poison = pytree.tree_map(_poison, output)
+        earlier = pytree.tree_map(_poison, output) if poisoned else output
 
         def stand_for(i: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if i == index:
                     raise _Reached(args, kwargs)
-                return output if i == index - 1 else poison
+                return output if i == index - 1 else earlier
 
             return forward
 
@@ -148,6 +147,12 @@ class Walk:
         finally:
             for layer in layers:
                 del layer.forward
+
+    def _not_finite(self, where: str) -> NumericError:
+        return NumericError(
+            f"{self.skeleton.checkpoint.folder}: {where} puts out NaN or infinity in {self.skeleton.dtype}; "
+            "try --dtype float32, or check the checkpoint"
+        )
 
     def _unsupported(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(

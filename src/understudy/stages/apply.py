@@ -17,7 +17,7 @@ from understudy.cut import LayerCut, novice_names
 from understudy.errors import OutputError, PlanError, StatsError, UnderstudyError
 from understudy.facts import ModelFacts, parse_bytes
 from understudy.kinds import check_plan, expected_bytes, get_kind
-from understudy.layout import expert_tensors, model_facts
+from understudy.layout import expert_tensors, model_facts, vllm_refuses
 from understudy.loading import declare_constants
 from understudy.moe import expert_count_keys, text_config
 from understudy.plans import Plan, load_plan
@@ -48,6 +48,7 @@ def apply(
     max_shard_size: str | None = None,
     trust_remote_code: bool = False,
     artefacts: dict[str, Path] | None = None,
+    extra_files: dict[str, Path] | None = None,
     progress: Progress | None = None,
 ) -> Applied:
     """Write the model that a plan decides on.
@@ -59,6 +60,7 @@ def apply(
         stats: statistics that the stand-ins are made of; `drop` needs none.
         max_shard_size: size of a shard file, as `5GB`.
         artefacts: files to carry along in `out/understudy/`, by name.
+        extra_files: files to put beside the weights (a model card, say), by name.
         progress: called with (what is going on, done, all).
 
     Raises:
@@ -66,7 +68,7 @@ def apply(
             disk is full, or the result does not hold what the plan says.
     """
     target = Path(out)
-    _free_target(target)
+    free_target(target)
     plan_file = None if isinstance(plan, Plan) else Path(plan)
     decided = plan if isinstance(plan, Plan) else load_plan(plan)
     known = stats if isinstance(stats, Stats) or stats is None else load_stats(stats)
@@ -93,6 +95,8 @@ def apply(
         )
         _write_rest(staging, source.checkpoint, config)
         _write_artefacts(staging, decided, plan_file, stats, artefacts or {})
+        for name, path in (extra_files or {}).items():
+            shutil.copyfile(path, staging / name)
         verify_folder(
             source,
             staging,
@@ -109,16 +113,28 @@ def apply(
         shutil.rmtree(staging, ignore_errors=True)
     written = sum(p.nbytes for p in pieces)
     assert written == expected_bytes(decided, facts)
-    ordinary = "compression_config" not in config
-    loads = "stock transformers and vLLM" if ordinary else "transformers after `import understudy`, stock vLLM >= 0.33"
-    return Applied(target, written, source.checkpoint.nbytes, loads)
+    return Applied(target, written, source.checkpoint.nbytes, _loads(source, decided, config))
 
 
-def _free_target(target: Path) -> None:
+def free_target(target: Path) -> None:
+    """Make sure that a model folder can be put there; an empty folder gives way.
+
+    Raises:
+        OutputError: something is there already.
+    """
     if target.is_dir() and not any(target.iterdir()):
         target.rmdir()
     if target.exists():
         raise OutputError(f"{target} exists already and is not empty; choose another --out or remove it")
+
+
+def _loads(source: Skeleton, plan: Plan, config: dict[str, Any]) -> str:
+    if "compression_config" not in config:
+        return "stock transformers and vLLM"
+    changed = [layer for layer in source.layers if plan.layers.get(layer.key)]
+    if any(vllm_refuses(layer, expert_tensors(source, layer)) for layer in changed):
+        return "transformers after `import understudy`"
+    return "transformers after `import understudy`, stock vLLM >= 0.33"
 
 
 def _check_stats(plan: Plan, stats: Stats | None, facts: ModelFacts) -> None:

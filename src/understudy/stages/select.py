@@ -32,6 +32,11 @@ class PlanResult:
     notes: tuple[str, ...]
     scores: Scores
 
+    @property
+    def load_bytes(self) -> int:
+        """Bytes to load: without tensors that the model has no place for."""
+        return self.expected_bytes - self.facts.unloaded_bytes
+
 
 def plan(
     stats: Stats | str | os.PathLike[str],

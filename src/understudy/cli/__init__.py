@@ -1,0 +1,254 @@
+"""The command line: parse, call the function of the same name, show what it returns.
+
+Nothing here imports torch: a plan takes less time than that import. Commands import what they call.
+"""
+
+from __future__ import annotations
+
+import inspect as introspection
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import understudy
+from understudy._version import __version__
+from understudy.cli.options import build, flags, keyword, settings_of
+from understudy.cli.screen import Screen
+from understudy.recipe import Calibration, Evaluation, Selection
+
+if TYPE_CHECKING:
+    from understudy.facts import ModelFacts
+
+app = typer.Typer(
+    name="understudy",
+    help="Shrink Mixture-of-Experts language models by replacing the experts they can spare.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # help texts hold brackets, which are no markup
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="a local folder or a hub id", show_default=False)]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="a plan", show_default=False)]
+StatsFile = Annotated[Path, typer.Argument(metavar="STATS", help="statistics of `calibrate`", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", help="what to write; must not exist", show_default=False)]
+MaxShardSize = Annotated[str | None, typer.Option("--max-shard-size", help="size of a shard file, as 5GB")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, and nothing else there")]
+_trust = Calibration.model_fields["trust_remote_code"]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help=_trust.description)]
+
+
+def command(name: str, view: str) -> Callable[[Callable[..., dict[str, Any] | None]], Callable[..., None]]:
+    """Register a function as a command: settings among its parameters become flags, what it returns is shown.
+
+    `view` names the function of `cli.tables` that makes a table of the result.
+    """
+
+    def register(function: Callable[..., dict[str, Any] | None]) -> Callable[..., None]:
+        models = settings_of(function)
+        own = [
+            keyword(p.name, p.annotation, p.default)
+            for p in introspection.signature(function, eval_str=True).parameters.values()
+            if p.name != "screen" and p.name not in models
+        ]
+
+        def run(**given: Any) -> None:
+            screen, as_json = Screen(), given.pop("json")
+            try:
+                with screen.working():
+                    data = function(screen, **build(models, given), **given)
+                if data is not None:
+                    screen.show(data, partial(_view, view), as_json)
+            except BrokenPipeError:
+                raise  # whoever read stdout has gone; typer ends quietly
+            except (Exception, KeyboardInterrupt) as error:
+                if screen.debug:
+                    raise
+                raise typer.Exit(screen.fail(error)) from None
+
+        parameters = [*own, *flags(models.values()).values(), keyword("json", AsJson, False)]
+        run.__signature__ = introspection.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {}
+        app.command(name, help=function.__doc__)(run)
+        return run
+
+    return register
+
+
+def _view(name: str, data: dict[str, Any]) -> Any:
+    from understudy.cli import tables
+
+    return getattr(tables, name)(data)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"understudy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and leave")
+    ] = False,
+) -> None:
+    pass
+
+
+@command("inspect", view="inspect")
+def inspect(screen: Screen, model: Model, trust_remote_code: TrustRemoteCode = _trust.default) -> dict[str, Any]:
+    """Say what a model is made of, and what can be done with it."""
+    return understudy.inspect(model, trust_remote_code=trust_remote_code).to_dict()
+
+
+@command("calibrate", view="calibrate")
+def calibrate(screen: Screen, model: Model, out: Out, settings: Calibration) -> dict[str, Any]:
+    """Run text through a model and write the statistics of its experts."""
+    stats = understudy.calibrate(model, out, settings=settings, progress=partial(screen.step, "calibrate"))
+    return {
+        "out": str(out),
+        "model": stats.model.source,
+        "family": stats.model.family,
+        "fingerprint": stats.model.fingerprint,
+        "layers": len(stats.model.layers),
+        "experts": stats.model.experts,
+        "unseen": {key: int((layer.count == 0).sum()) for key, layer in stats.layers.items()},
+        "data": stats.data,
+        "notes": list(stats.data.get("notes", ())),
+    }
+
+
+@command("plan", view="plan")
+def plan(screen: Screen, stats: StatsFile, out: Out, settings: Selection) -> dict[str, Any]:
+    """Choose the experts to replace, and write that as a plan to look at; reads no weights."""
+    from understudy.methods import get_method
+
+    result = understudy.plan(stats, out, settings=settings)
+    shown = understudy.show(result.plan)
+    for layer in shown["layers"].values():
+        layer["replaced"] = {kind: chosen["count"] for kind, chosen in layer["replaced"].items()}
+    scores = result.scores
+    return shown | {
+        "out": str(out),
+        "paper": get_method(result.plan.method).paper,
+        "source_bytes": result.facts.nbytes,
+        "expected_bytes": result.expected_bytes,
+        "load_bytes": result.load_bytes,
+        "notes": list(result.notes),
+        "scores": {
+            "name": scores.name,
+            "source": scores.source,
+            "layers": {key: values.tolist() for key, values in scores.layers.items()},
+        },
+    }
+
+
+@command("show", view="show")
+def show(screen: Screen, plan: PlanFile) -> dict[str, Any]:
+    """Show which experts of which layer a plan replaces."""
+    return understudy.show(plan)
+
+
+@command("check", view="check")
+def check(
+    screen: Screen,
+    plan: PlanFile,
+    stats: Annotated[Path | None, typer.Option("--stats", help="check against the model of these statistics")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="check against this model")] = None,
+    trust_remote_code: TrustRemoteCode = _trust.default,
+) -> dict[str, Any]:
+    """Check a plan after editing; with statistics or a model, against that model as well."""
+    return understudy.check(plan, _facts(stats, model, trust_remote_code))
+
+
+@command("diff", view="diff")
+def diff(screen: Screen, first: PlanFile, second: PlanFile) -> dict[str, Any]:
+    """Compare two plans, expert by expert."""
+    return understudy.diff(first, second)
+
+
+@command("apply", view="apply")
+def apply(
+    screen: Screen,
+    model: Model,
+    plan: PlanFile,
+    out: Out,
+    stats: Annotated[Path | None, typer.Option("--stats", help="statistics that stand-ins are made of")] = None,
+    max_shard_size: MaxShardSize = None,
+    trust_remote_code: TrustRemoteCode = _trust.default,
+) -> dict[str, Any]:
+    """Write the smaller model that a plan describes, and verify it."""
+    applied = understudy.apply(
+        model,
+        plan,
+        out,
+        stats=stats,
+        max_shard_size=max_shard_size,
+        trust_remote_code=trust_remote_code,
+        progress=screen.step,
+    )
+    return {
+        "out": str(applied.folder),
+        "bytes": applied.nbytes,
+        "source_bytes": applied.source_nbytes,
+        "loads": applied.loads,
+        "notes": [],
+    }
+
+
+@command("compress", view="compress")
+def compress(
+    screen: Screen,
+    model: Model,
+    out: Out,
+    calibration: Calibration,
+    selection: Selection,
+    max_shard_size: MaxShardSize = None,
+) -> dict[str, Any] | None:
+    """Calibrate, plan and apply in one go."""
+    compressed = understudy.compress(
+        model,
+        out,
+        calibration=calibration,
+        selection=selection,
+        max_shard_size=max_shard_size,
+        progress=screen.step,
+    )
+    return compressed.to_dict() if compressed else None
+
+
+@command("eval", view="evaluate")
+def evaluate(
+    screen: Screen,
+    model: Model,
+    settings: Evaluation,
+    against: Annotated[str | None, typer.Option("--against", help="the original, to compare with")] = None,
+) -> dict[str, Any]:
+    """Measure a model on held-out text and tasks, alone or against its original."""
+    return understudy.eval(model, against=against, settings=settings, progress=screen.step).to_dict()
+
+
+def _facts(stats: Path | None, model: str | None, trust_remote_code: bool) -> ModelFacts | None:
+    from understudy.errors import UnderstudyError
+    from understudy.stats import load_stats
+
+    if stats is not None and model is not None:
+        raise UnderstudyError("give one of --stats and --model")
+    if stats is not None:
+        return load_stats(stats, only=()).model
+    if model is None:
+        return None
+    found = understudy.inspect(model, trust_remote_code=trust_remote_code)
+    if found.facts is None:
+        raise UnderstudyError(f"{model} holds stand-ins already; check the plan against the original model")
+    return found.facts
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="understudy")

@@ -1,0 +1,243 @@
+"""Compress: calibrate, plan and apply in one go; they meet in files, in a work folder beside the output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from understudy._version import __version__
+from understudy.card import Card, commands, read_card
+from understudy.checkpoint import resolve
+from understudy.data import token_blocks
+from understudy.errors import OutputError, StatsError, UnderstudyError
+from understudy.facts import ModelFacts, format_bytes, parse_bytes
+from understudy.kinds import get_kind
+from understudy.methods import get_method
+from understudy.recipe import Calibration, Selection, settings_from
+from understudy.skeleton import pick_device
+from understudy.stages.apply import apply, free_target
+from understudy.stages.calibrate import calibrate
+from understudy.stages.inspect import Inspection, inspect
+from understudy.stages.select import PlanResult, make_plan
+from understudy.stats import ExpertStats, Stats, load_stats
+from understudy.tokens import load_tokenizer
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress` wrote; bytes are those of tensors, before and after."""
+
+    folder: Path
+    plan: PlanResult
+    nbytes: int
+    source_nbytes: int
+    loads: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, as `--json` prints it."""
+        layers = self.plan.plan.layers
+        return {
+            "out": str(self.folder),
+            "method": self.plan.plan.method,
+            "experts": self.plan.facts.experts,
+            "replaced": sum(len(ids) for kinds in layers.values() for ids in kinds.values()),
+            "bytes": self.nbytes,
+            "load_bytes": self.plan.load_bytes,
+            "source_bytes": self.source_nbytes,
+            "loads": self.loads,
+            "notes": list(self.plan.notes),
+        }
+
+
+def compress(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+    calibration: Calibration | None = None,
+    selection: Selection | None = None,
+    max_shard_size: str | None = None,
+    **options: Any,
+) -> Compressed | None:
+    """Calibrate a model, choose experts to replace, and write the smaller model to `out`, with its artefacts and card.
+
+    Statistics are kept in `.NAME.work` beside `out` until the end: a call that was interrupted goes on from there.
+
+    Args:
+        model: a local folder or a hub id; it is only read.
+        out: the new folder; it appears when it is complete and verified, never before.
+        progress: called with (what is going on, done, all).
+        calibration: settings of the calibration; or give them by name.
+        selection: settings of the plan; or give them by name. A `seed` given by name is that of both.
+        max_shard_size: size of a shard file, as `5GB`.
+
+    Returns:
+        What was written; None in every process but the first, where there are several.
+
+    Raises:
+        UnderstudyError: as `calibrate`, `plan` and `apply`; what can be known to fail fails before the calibration.
+    """
+    calibration, selection = _settings(calibration, selection, options)
+    if max_shard_size:
+        parse_bytes(max_shard_size)
+    target = Path(out)
+    free_target(target)
+    found = inspect(model, trust_remote_code=calibration.trust_remote_code)
+    if found.facts is None:
+        raise StatsError(f"{model} holds stand-ins already; compress the original model")
+    _rehearse(found.facts, selection, target)
+    work = target.with_name(f".{target.name}.work")
+    stats_file = work / f"stats-{_identity(found.facts, calibration)}.safetensors"
+    report = progress or (lambda what, done, total: None)
+    if not _usable(stats_file, model, calibration):
+        _wait_for_all(calibration)  # before any of them removes what another one looks at
+        calibrate(model, stats_file, settings=calibration, progress=partial(report, "calibrate"))
+    if not _wait_for_all(calibration):
+        return None
+    planned = make_plan(stats_file, selection)
+    applied = apply(
+        model,
+        planned.plan,
+        target,
+        stats=stats_file,
+        max_shard_size=max_shard_size,
+        trust_remote_code=calibration.trust_remote_code,
+        artefacts={
+            "stats.safetensors": stats_file,
+            "recipe.json": _write_recipe(work, model, calibration, selection, max_shard_size),
+        },
+        extra_files={"README.md": _write_card(work, target, found, planned, calibration, selection)},
+        progress=report,
+    )
+    shutil.rmtree(work, ignore_errors=True)
+    return Compressed(applied.folder, planned, applied.nbytes, applied.source_nbytes, applied.loads)
+
+
+def _settings(
+    calibration: Calibration | None, selection: Selection | None, options: dict[str, Any]
+) -> tuple[Calibration, Selection]:
+    """Share named options out: each goes to the settings that know it, a seed to both."""
+    mine = {name: options[name] for name in options if name in Calibration.model_fields}
+    theirs = {name: options[name] for name in options if name in Selection.model_fields}
+    mine |= {name: value for name, value in options.items() if name not in theirs}  # unknown ones are refused there
+    return settings_from(Calibration, calibration, mine), settings_from(Selection, selection, theirs)
+
+
+def _rehearse(facts: ModelFacts, selection: Selection, target: Path) -> None:
+    """Plan on made-up statistics: what is wrong with the settings or out of the model's reach shows without any text.
+
+    Raises:
+        PlanError: settings that contradict each other, or that no plan can meet.
+        OutputError: there is not enough room on the disk.
+    """
+    layers = {}
+    for key, layer in facts.layers.items():
+        one_E, one_E1 = np.ones(layer.experts), np.ones((layer.experts, 1))
+        vectors = {"mean": one_E1, "weighted_mean": one_E1}
+        names = ExpertStats.__dataclass_fields__
+        layers[key] = ExpertStats(**(dict.fromkeys(names, one_E) | vectors | {"tokens": np.float64(1)}))
+    needed = make_plan(Stats(facts, {}, layers), selection).expected_bytes
+    place = next(folder for folder in target.absolute().parents if folder.exists())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise OutputError(f"{target}: {format_bytes(needed)} are needed, {format_bytes(free)} are free")
+
+
+def _identity(facts: ModelFacts, calibration: Calibration) -> str:
+    """Name the settings that statistics depend on."""
+    settings = calibration.model_dump(exclude={"activation_memory"})
+    return hashlib.sha256(json.dumps([facts.fingerprint, settings]).encode()).hexdigest()[:12]
+
+
+def _usable(stats_file: Path, model: str | os.PathLike[str], calibration: Calibration) -> bool:
+    """Whether an interrupted call left statistics of the same settings and, to the token, the same text."""
+    if not stats_file.exists():
+        return False
+    try:
+        digest = load_stats(stats_file, only=()).data.get("digest")
+    except UnderstudyError:
+        digest = None
+    tokenizer = load_tokenizer(resolve(model), calibration.trust_remote_code)
+    wanted = {"seq_len": calibration.seq_len, "samples": calibration.samples, "seed": calibration.seed}
+    if digest == token_blocks(calibration.data, tokenizer, **wanted).digest:
+        logger.info("going on with the statistics of an interrupted call, %s", stats_file)
+        return True
+    stats_file.unlink(missing_ok=True)
+    return False
+
+
+def _wait_for_all(calibration: Calibration) -> bool:
+    """Wait until every process of `torchrun` or `accelerate launch` is here; say whether this is the first."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from accelerate import PartialState
+
+    state = PartialState(cpu=pick_device(calibration.device).type == "cpu")
+    state.wait_for_everyone()
+    return bool(state.is_main_process)
+
+
+def _write_recipe(
+    work: Path,
+    model: str | os.PathLike[str],
+    calibration: Calibration,
+    selection: Selection,
+    max_shard_size: str | None,
+) -> Path:
+    recipe = {
+        "format": 1,
+        "understudy": __version__,
+        "model": os.fspath(model),
+        "calibration": calibration.model_dump(),
+        "selection": selection.model_dump(),
+        "apply": {"max_shard_size": max_shard_size},
+    }
+    return _write(work / "recipe.json", json.dumps(recipe, indent=2) + "\n")
+
+
+def _write_card(
+    work: Path,
+    target: Path,
+    found: Inspection,
+    planned: PlanResult,
+    calibration: Calibration,
+    selection: Selection,
+) -> Path:
+    used = {name for kinds in planned.plan.layers.values() for name in kinds}
+    data = load_stats(work / f"stats-{_identity(planned.facts, calibration)}.safetensors", only=()).data
+    card = Card(
+        name=target.name,
+        source=found.model,
+        source_card=read_card(resolve(found.model)),
+        facts=planned.facts,
+        plan=planned.plan,
+        paper=get_method(planned.plan.method).paper,
+        kinds={name: get_kind(name).description for name in used},
+        nbytes=planned.expected_bytes,
+        stock=all(get_kind(name).renumbers for name in used),
+        vllm=found.vllm,
+        data=data,
+        notes=[*data.get("notes", ()), *planned.notes],
+        commands=commands(found.model, os.fspath(target), calibration, selection),
+    )
+    return _write(work / "README.md", card.text())
+
+
+def _write(path: Path, text: str) -> Path:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+    return path
