@@ -9,14 +9,17 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils import _pytree as pytree
 
-from understudy.errors import OutputError
+from understudy.errors import OutputError, reason
 
 
 class ActivationStore:
@@ -26,10 +29,21 @@ class ActivationStore:
         limit: bytes that may be held in memory.
         folder: where finished layers are kept for resuming; without it nothing outlives the store.
         device: where `get` puts tensors.
+        wait: called when a layer is on disk and before the one below it is removed; processes that wait there for each
+            other always have a layer in common to go on from.
+
+    Raises:
+        OutputError: the disk is full or not writable.
     """
 
-    def __init__(self, limit: int, folder: Path | None = None, device: torch.device | str = "cpu") -> None:
-        self.limit, self.device, self.persistent = limit, torch.device(device), folder is not None
+    def __init__(
+        self,
+        limit: int,
+        folder: Path | None = None,
+        device: torch.device | str = "cpu",
+        wait: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.limit, self.device, self.persistent, self.wait = limit, torch.device(device), folder is not None, wait
         self._own = None if folder else tempfile.TemporaryDirectory(prefix="understudy-")
         self.folder = folder or Path(self._own.name)  # type: ignore[union-attr]
         self._read: dict[int, Any] = {}
@@ -57,39 +71,52 @@ class ActivationStore:
 
     def commit(self, layer: int) -> None:
         """Make what was put the generation that is read; on disk, too, if the store is persistent."""
-        spilled = any(isinstance(v, Path) for v in self._written.values())
-        final = self.folder / f"layer-{layer}"
-        if self.persistent or spilled:
+        on_disk = self.persistent or any(isinstance(v, Path) for v in self._written.values())
+        final = self._layer(layer)
+        if on_disk:
             staging = self._next()
-            staging.mkdir(parents=True, exist_ok=True)
             if self.persistent:
                 for number, value in self._written.items():
                     if not isinstance(value, Path):
                         self._write(staging, number, value)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(staging, final)
+            with _disk(final):
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(staging, final)
             for number, value in self._written.items():
                 if isinstance(value, Path):
                     self._written[number] = final / value.name
+        self.wait()
         self._read, self._written, self._held = self._written, {}, 0
         if self._last is not None:
             shutil.rmtree(self._last, ignore_errors=True)
-        self._last = final if (self.persistent or spilled) else None
+        self._last = final if on_disk else None
 
-    def resume(self, batches: int) -> int | None:
-        """Open the last layer that an earlier store committed to the same folder; None where there is none."""
-        shutil.rmtree(self._next(), ignore_errors=True)
-        found = sorted((int(p.name.split("-")[1]), p) for p in self.folder.glob("layer-*"))
-        while found:
-            layer, path = found.pop()
-            files = [path / _name(n) for n in range(batches)]
-            if all(f.exists() for f in files):
-                for _, older in found:
-                    shutil.rmtree(older, ignore_errors=True)
-                self._read, self._last = dict(enumerate(files)), path
-                return layer
-            shutil.rmtree(path, ignore_errors=True)
-        return None
+    def latest(self, batches: int) -> int | None:
+        """Return the last layer that an earlier store committed whole to the same folder; None where there is none."""
+        layers = (int(path.name.split("-")[1]) for path in self.folder.glob("layer-*"))
+        return max((n for n in layers if self._is_whole(n, batches)), default=None)
+
+    def resume(self, layer: int, batches: int) -> bool:
+        """Make a layer that an earlier store committed the one that is read, and drop all else; False if it is gone."""
+        whole = self._is_whole(layer, batches)
+        for path in [*self.folder.glob("layer-*"), self._next()]:
+            if not whole or path != self._layer(layer):
+                shutil.rmtree(path, ignore_errors=True)
+        self._read = {n: self._layer(layer) / _name(n) for n in range(batches)} if whole else {}
+        self._last = self._layer(layer) if whole else None
+        return whole
+
+    def _is_whole(self, layer: int, batches: int) -> bool:
+        try:
+            for number in range(batches):
+                with safe_open(self._layer(layer) / _name(number), framework="pt"):
+                    pass  # the header is there and fits the size of the file
+        except (OSError, SafetensorError):
+            return False
+        return True
+
+    def _layer(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer}"
 
     def forget(self) -> None:
         """Drop whatever an earlier store left in the folder."""
@@ -101,17 +128,23 @@ class ActivationStore:
         return self.folder / "next"
 
     def _write(self, folder: Path, number: int, value: Any) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / _name(number)
         leaves, spec = pytree.tree_flatten(value)
         tensors = {str(i): t.contiguous().clone() for i, t in enumerate(leaves) if isinstance(t, torch.Tensor)}
         rest = {str(i): x for i, x in enumerate(leaves) if not isinstance(x, torch.Tensor)}
         header = {"spec": pytree.treespec_dumps(spec), "rest": json.dumps(rest)}
-        try:
+        with _disk(path):
+            folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, path, metadata=header)
-        except OSError as error:
-            raise OutputError(f"{path}: activations cannot be written ({error.strerror}); free disk space") from None
         return path
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path}: activations cannot be written ({reason(error)}); free some space there") from None
 
 
 def _name(number: int) -> str:
@@ -119,8 +152,6 @@ def _name(number: int) -> str:
 
 
 def _load(path: Path) -> Any:
-    from safetensors import safe_open
-
     tensors = load_file(path)  # memory-mapped: pages come in as they are used
     with safe_open(path, framework="pt") as f:
         header = f.metadata()

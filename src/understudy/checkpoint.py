@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from understudy.errors import CheckpointError
 
@@ -34,9 +33,11 @@ DTYPES = {
     "BOOL": ("bool", 1),
     "F8_E4M3": ("float8_e4m3fn", 1),
     "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
 }
+SUPPORTED = "float32, bfloat16 or float16"  # of weights, for people
 DTYPE_NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
-_SAMPLE = 64  # bytes of each tensor that enter the fingerprint
+_SAMPLE = 32  # bytes at each place of a tensor that enters the fingerprint
 
 
 @dataclass(frozen=True)
@@ -69,26 +70,37 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > size - 8:
                 raise CheckpointError(f"{path}: truncated ({size} bytes, header missing); {hint}")
-            header = json.loads(f.read(length))
+            header = json.loads(f.read(length).decode())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: this shard is missing; {hint}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise CheckpointError(f"{path}: not a safetensors file (its header is not JSON); {hint}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: not a safetensors file (its header is no table); {hint}")
     header.pop("__metadata__", None)
-    entries, begin, end = {}, 8 + length, 0
+    entries, begin, spans = {}, 8 + length, []
     for name, item in header.items():
         try:
             (a, b), dtype, shape = item["data_offsets"], item["dtype"], tuple(item["shape"])
+            if not all(type(n) is int and n >= 0 for n in (a, b, *shape)):
+                raise ValueError
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{path}: corrupt header at tensor {name!r}; {hint}") from None
         if dtype not in DTYPES:
-            raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype}, which is not supported")
-        if b - a != int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype][1] or a < 0:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has dtype {dtype}, which is not supported; use the {SUPPORTED} checkpoint"
+            )
+        if b - a != math.prod(shape) * DTYPES[dtype][1]:
             raise CheckpointError(f"{path}: corrupt header, the size of tensor {name!r} does not fit its shape; {hint}")
         entries[name] = TensorEntry(name, path.name, dtype, shape, begin + a, b - a)
-        end = max(end, b)
+        spans.append((a, b))
+    end = 0
+    for a, b in sorted(spans):
+        if a != end:
+            raise CheckpointError(f"{path}: corrupt header, its tensors overlap or leave gaps; {hint}")
+        end = b
     if begin + end != size:
         state = "truncated" if size < begin + end else "corrupt"
         raise CheckpointError(f"{path}: {state}, {size} bytes where its header says {begin + end}; {hint}")
@@ -123,19 +135,21 @@ class Checkpoint:
             loaded = json.loads((self.folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"{self.folder}: has no {name}, so it is not a model folder") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{self.folder / name}: not valid JSON ({error})") from None
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise CheckpointError(f"{self.folder / name}: not valid JSON ({error}); fetch this file again") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / name}: cannot be read ({error.strerror})") from None
         if not isinstance(loaded, dict):
-            raise CheckpointError(f"{self.folder / name}: not a JSON object")
+            raise CheckpointError(f"{self.folder / name}: not a JSON object; fetch this file again")
         return loaded
 
     @cached_property
     def _index(self) -> dict[str, str] | None:
-        if not (self.folder / INDEX).exists():
-            return None
+        if (self.folder / SINGLE).exists() or not (self.folder / INDEX).exists():
+            return None  # where both are there, transformers reads the single file
         weight_map = self._json(INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{self.folder / INDEX}: has no weight_map")
+            raise CheckpointError(f"{self.folder / INDEX}: has no weight_map; fetch this file again")
         return weight_map
 
     def _files(self) -> list[str]:
@@ -145,10 +159,10 @@ class Checkpoint:
                     f"{self.folder}: has neither {SINGLE} nor {INDEX}; only safetensors are read, convert it first"
                 )
             return [SINGLE]
-        files = sorted(set(self._index.values()))
+        files = sorted(set(map(str, self._index.values())))
         for file in files:
             # A shard may itself be a link into a download cache; what must not happen is an index that walks away.
-            if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", ".."):
+            if os.path.basename(file) != file or "\\" in file or file in ("", ".", ".."):
                 raise CheckpointError(f"{self.folder / INDEX}: points outside its folder ({file!r}); refused")
         return files
 
@@ -163,7 +177,8 @@ class Checkpoint:
         weights = set(self._files()) | {INDEX, "config.json", "README.md"}
         ours = (p for p in sorted(self.folder.iterdir()) if p.is_file() and p.name not in weights)
         foreign = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".pkl", ".pickle")
-        return [p for p in ours if not p.name.startswith(".") and p.suffix not in foreign and ".index." not in p.name]
+        kept = [p for p in ours if not p.name.startswith(".") and p.suffix not in foreign and ".index." not in p.name]
+        return kept + sorted((self.folder / "additional_chat_templates").glob("*.jinja"))
 
     def raw(self, entry: TensorEntry, start: int = 0, nbytes: int | None = None) -> bytearray:
         """Read the bytes of one tensor, or a part of them."""
@@ -210,17 +225,20 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identify the weights: names, dtypes, shapes and the first and last bytes of every tensor; not the sharding.
+        """Identify the weights: names, dtypes, shapes and a few bytes of every tensor; not the sharding.
 
-        Sixty-four bytes of each tensor tell a fine-tuned sibling from its parent without reading the whole folder.
+        Thirty-two bytes of either end, and of every expert in a stack, tell a fine-tuned sibling from its parent
+        without reading the whole folder.
         """
         digest = hashlib.sha256()
         for file in sorted({e.file for e in self.entries.values()}):
             self.raw(TensorEntry("", file, "U8", (), 0, 0))  # an unreadable shard is reported by name
         parts: dict[str, bytes] = {}
         for entry in self._by_file():
-            head = min(entry.nbytes, _SAMPLE // 2)
-            parts[entry.name] = bytes(self.raw(entry, 0, head)) + bytes(self.raw(entry, entry.nbytes - head, head))
+            size = min(entry.nbytes, _SAMPLE)
+            rows = entry.shape[0] if len(entry.shape) > 2 and entry.nbytes else 1
+            starts = [*range(0, entry.nbytes or 1, entry.nbytes // rows or 1), entry.nbytes - size]
+            parts[entry.name] = b"".join(bytes(self.raw(entry, a, min(size, entry.nbytes - a))) for a in starts)
         for name in sorted(self.entries):
             entry = self.entries[name]
             digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\0".encode())
@@ -263,9 +281,10 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"{text}: no such model folder, and not the form of a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "*.py"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.md", "LICENSE*", "*.py"]
+    again = ["original/*", "consolidated*"]  # the same weights in another form
     try:
-        return Path(snapshot_download(text, allow_patterns=wanted))
+        return Path(snapshot_download(text, allow_patterns=wanted, ignore_patterns=again))
     except Exception as error:  # the hub client raises its own, requests' and OS errors; all mean the same to a user
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{text}: no such folder, and the hub could not deliver it ({reason})") from None

@@ -14,8 +14,9 @@ from understudy.layout import ExpertTensors
 from understudy.loading import adapt_conversions
 from understudy.moe import expert_dim
 from understudy.plans import Plan
+from understudy.runtime import quiet_transformers
 from understudy.shards import Piece, rows, whole
-from understudy.skeleton import Skeleton, quiet_transformers
+from understudy.skeleton import Skeleton
 
 
 @dataclass(frozen=True)

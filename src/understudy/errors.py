@@ -13,6 +13,8 @@
 Each message says what is wrong, where, and what to do. A broken invariant of our own is an `assert`, never of these.
 """
 
+import re
+
 
 class UnderstudyError(ValueError):
     """Base of every error a user can cause."""
@@ -48,3 +50,11 @@ class OutputError(UnderstudyError):
 
 class DependencyError(UnderstudyError):
     """An optional dependency is not installed."""
+
+
+def reason(error: Exception) -> str:
+    """Say in a few words what the system reports; safetensors wraps it in a text of its own."""
+    wrapped = re.search(r"I/O error: (.*?) \(os error", str(error))
+    if wrapped:
+        return wrapped.group(1)
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__

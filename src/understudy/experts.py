@@ -10,8 +10,7 @@ which costs no matrix product.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,10 +61,13 @@ class StandInExperts:
         return self._maps[device]
 
 
-@cache
-def _subclass(cls: Hashable) -> type:
-    assert isinstance(cls, type)
-    return type(f"StandIn{cls.__name__}", (StandInExperts, cls), {"__module__": cls.__module__})
+_SUBCLASSES: dict[type, type] = {}  # one for each family, so that equal modules have equal classes
+
+
+def _subclass(cls: type) -> type:
+    if cls not in _SUBCLASSES:
+        _SUBCLASSES[cls] = type(f"StandIn{cls.__name__}", (StandInExperts, cls), {"__module__": cls.__module__})
+    return _SUBCLASSES[cls]
 
 
 def install_constants(experts: Any, replaced: Sequence[int], num_experts: int) -> None:

@@ -92,9 +92,11 @@ class Harness:
         Raises:
             DataError: lm-eval cannot run the tasks on this model.
         """
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator, simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
+        # for its record it asks git about the current folder, and where that is no repository git complains on stderr
+        evaluator.get_git_commit_hash = lambda: None
         more = {"trust_remote_code": True} if trust_remote_code else {}
         with _stdout_to_stderr():
             try:

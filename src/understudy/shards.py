@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from understudy.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, TensorEntry
-from understudy.errors import OutputError
+from understudy.errors import OutputError, reason
 from understudy.facts import format_bytes
 
 CHUNK = 8 << 20
@@ -88,14 +88,14 @@ def write_folder(
     total, done = sum(p.nbytes for p in pieces), 0
     free = shutil.disk_usage(folder).free
     if free < total:
-        raise OutputError(f"{folder.parent}: {format_bytes(total)} are needed, {format_bytes(free)} are free")
+        raise OutputError(f"{folder}: {format_bytes(total)} are needed there, {format_bytes(free)} are free")
     weight_map: dict[str, str] = {}
     try:
         for number, shard in enumerate(shards, start=1):
             name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             weight_map.update(dict.fromkeys((p.name for p in shard), name))
             with (folder / name).open("wb", buffering=0) as out:
-                out.write(_header(shard))
+                _write_all(out, _header(shard))
                 for piece in shard:
                     for part in piece.parts:
                         _copy(part, source, out)
@@ -107,8 +107,8 @@ def write_folder(
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = f"disk full, {format_bytes(total)} are needed" if full else error.strerror
-        raise OutputError(f"{folder.parent}: cannot write the model ({reason})") from None
+        why = f"disk full, {format_bytes(total)} are needed" if full else reason(error)
+        raise OutputError(f"{folder}: cannot be written ({why})") from None
 
 
 def _split(pieces: Sequence[Piece], max_shard: int) -> list[list[Piece]]:

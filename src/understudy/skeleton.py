@@ -24,48 +24,15 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
-from understudy.checkpoint import DTYPES, Checkpoint
-from understudy.errors import CheckpointError, NumericError, UnderstudyError, UnsupportedModelError
+from understudy.checkpoint import Checkpoint
+from understudy.errors import CheckpointError, NumericError, UnsupportedModelError
 from understudy.loading import adapt_conversions, install_declared
 from understudy.moe import MoELayer, find_moe_layers
+from understudy.runtime import all_finite, pick_device, pick_dtype, quiet_transformers, refuse_quantised
 from understudy.stacking import find_stacks
 
 ROOT = -1  # the part of a model that is outside its decoder layers
-
-
-def pick_device(device: str) -> torch.device:
-    """Resolve `auto` to an accelerator where there is one.
-
-    Raises:
-        UnderstudyError: torch does not know or does not have the device.
-    """
-    if device == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-        return chosen
-    except (RuntimeError, AssertionError) as error:
-        raise UnderstudyError(f"--device {device}: {str(error).splitlines()[0]}") from None
-
-
-def pick_dtype(dtype: str, config: Any) -> torch.dtype:
-    """Resolve `auto` to the checkpoint's own dtype (float32 where its config names none).
-
-    Raises:
-        UnderstudyError: not a floating-point dtype.
-    """
-    wanted: Any = dtype
-    if dtype == "auto":
-        wanted = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
-    if isinstance(wanted, str):
-        wanted = getattr(torch, wanted.removeprefix("torch."), None)
-    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
-        raise UnderstudyError(f"--dtype {dtype}: not a floating-point dtype; use auto, float32, bfloat16 or float16")
-    return wanted
 
 
 class Skeleton:
@@ -248,7 +215,15 @@ class Skeleton:
             if tensor.is_meta:
                 raise CheckpointError(f"{folder}: {where} is incomplete, the weights of {name} are missing")
             if tensor.is_floating_point() and not all_finite(tensor):
-                raise NumericError(f"{folder}: {name} holds NaN or infinity; the checkpoint is broken")
+                raise NumericError(self._why_not_finite(name))
+
+    def _why_not_finite(self, name: str) -> str:
+        """Say which tensor of the checkpoint a weight got its NaN or infinity from."""
+        folder = self.checkpoint.folder
+        for key, target in self.targets.items():
+            if target == name and not all_finite(self.checkpoint.read(key)):
+                return f"{folder}: tensor {key} holds NaN or infinity; the checkpoint is broken, fetch it again"
+        return f"{folder}: {name} overflows in {self.dtype}; use another --dtype (float32, bfloat16)"
 
     def free(self, part: int) -> None:
         """Send a loaded part back to the meta device."""
@@ -276,44 +251,3 @@ class Skeleton:
         """A tensor of the model by its dotted name."""
         parent, _, leaf = name.rpartition(".")
         return getattr(self.model.get_submodule(parent), leaf)
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite; one cheap pass, and a second only where the first is in doubt."""
-    if bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
-        return True
-    return bool(torch.isfinite(tensor).all())
-
-
-def refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Refuse weights that are stored quantised.
-
-    Raises:
-        CheckpointError: the config names a quantisation, or tensors have a quantised dtype.
-    """
-    declared = checkpoint.config.get("quantization_config")
-    nested = [v.get("quantization_config") for v in checkpoint.config.values() if isinstance(v, dict)]
-    declared = declared or next((n for n in nested if n), None)
-    packed = sorted({e.dtype for e in checkpoint.entries.values()} & {"F8_E4M3", "F8_E5M2", "I8", "U8"})
-    if declared or packed:
-        how = declared.get("quant_method", "unnamed") if isinstance(declared, dict) else ", ".join(packed)
-        floats = "/".join(sorted(DTYPES[d][0] for d in ("F32", "BF16", "F16")))
-        raise CheckpointError(
-            f"{checkpoint.folder}: quantised weights ({how}) are not supported; use the {floats} checkpoint, "
-            "compress it, and quantise the result"
-        )
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' bars and notices for whole-model loading out of layer-wise work."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -6,6 +6,7 @@ the family does so), y the output of an expert before its gate. Sums run over th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from understudy.errors import StatsError
+from understudy.errors import OutputError, StatsError, reason
 from understudy.facts import ModelFacts
 
 FORMAT = 1
@@ -107,7 +108,12 @@ class Stats:
         return Stats(self.model, {"merged": [self.data, other.data]}, merged, self.probes)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file, under a temporary name first; equal statistics give equal bytes."""
+        """Write one safetensors file, under a temporary name first; equal statistics give equal bytes.
+
+        Raises:
+            OutputError: the disk is full or not writable.
+        """
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         tensors: dict[str, np.ndarray] = {}
@@ -120,10 +126,15 @@ class Stats:
                 tensors[f"layers.{key}.probe.{name}"] = np.ascontiguousarray(getattr(probe, name))
         header = {"format": FORMAT, "model": self.model.model_dump(), "data": self.data}
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".tmp")
-        save_file(tensors, partial, metadata={"understudy": json.dumps(header, sort_keys=True)})
-        os.replace(partial, target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, partial, metadata={"understudy": json.dumps(header, sort_keys=True)})
+            os.replace(partial, target)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise OutputError(f"{target}: cannot be written ({reason(error)})") from None
         return target
 
 

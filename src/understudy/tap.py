@@ -4,8 +4,8 @@ Letters: T tokens, k routes of a token, N = T k routes, E experts, H hidden size
 
 transformers' grouped implementation calls an optional norm on the outputs of the experts, sorted by expert and before
 the gates: reading there costs no copy and changes no bit. Where a module runs otherwise (a family's own loop, or no
-decorated class at all), routes are sent through it one by one with gate 1 and combined again; if that does not
-reproduce the module's own output bit by bit, its own output is used for the walk.
+decorated class at all), routes are sent through it one by one with gate 1 to be read, and the walk goes on with what
+the module itself puts out: gates and sums of our own would differ from it in the last bits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ class Tap:
         self.experts, self.num_experts = experts, num_experts
         self.stats: ExpertStats | None = None
         self.probe: Probe | None = None
-        self._combine_is_exact: bool | None = None
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -71,24 +70,14 @@ class Tap:
             del experts.__dict__["post_expert_norm"]
 
     def _expanded(self, forward: Any, hidden_TH: Any, index_Tk: Any, weights_Tk: Any) -> Any:
-        """Send every route through the module as a token of its own, sorted by expert, and combine the outputs."""
+        """Send every route through the module as a token of its own, sorted by expert, to read its output."""
         tokens, k = index_Tk.shape
         ids_N, order_N = torch.sort(index_Tk.reshape(-1), stable=True)
         gates_N = weights_Tk.reshape(-1)[order_N]
         ones = torch.ones_like(gates_N)[:, None]
         output_NH = forward(hidden_TH[order_N // k], ids_N[:, None], ones)
         self._add(output_NH, gates_N, ids_N, tokens=tokens)
-        if self._combine_is_exact is False:
-            return forward(hidden_TH, index_Tk, weights_Tk)
-        back_N = torch.empty_like(order_N)
-        back_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-        gated_NH = (output_NH * gates_N[:, None])[back_N]
-        combined = gated_NH.view(tokens, k, -1).sum(dim=1).to(hidden_TH.dtype)
-        if self._combine_is_exact is None:
-            own = forward(hidden_TH, index_Tk, weights_Tk)
-            self._combine_is_exact = torch.equal(own, combined)
-            return own
-        return combined
+        return forward(hidden_TH, index_Tk, weights_Tk)
 
     def _add(self, output_NH: torch.Tensor, gates_N: torch.Tensor, ids_N: torch.Tensor, tokens: int) -> None:
         routed_N = gates_N != 0
@@ -107,7 +96,7 @@ def batch_stats(
     """
     counts = torch.bincount(ids_N, minlength=num_experts).tolist()
     H, device = output_NH.shape[1], output_NH.device
-    means = torch.zeros(2, num_experts, H, device=device)
+    means = torch.zeros(2, num_experts, H, dtype=torch.float64, device=device)
     # gate sum, squared gate sum, norm sum, gated norm sum, scatter, weighted scatter
     sums = torch.zeros(num_experts, 6, dtype=torch.float64, device=device)
     start = 0
@@ -120,23 +109,25 @@ def batch_stats(
         g2 = g * g
         norm = torch.linalg.vector_norm(y, dim=1)
         weighted = g2.sum(dtype=torch.float64)
-        mean, weighted_mean = torch.stack((torch.ones_like(g2), g2)) @ y
-        mean = mean / count
-        weighted_mean = weighted_mean / weighted.clamp(min=torch.finfo(torch.float64).tiny)
-        deviation = torch.linalg.vector_norm(y - mean, dim=1).double().square()
-        shift = (weighted_mean - mean).double().square().sum()
-        means[0, expert], means[1, expert] = mean, weighted_mean
+        # Moments are taken about a rounded mean, and its rest put right: outputs may be far larger than their spread.
+        near = y.mean(0)
+        y = y - near
+        rest, weighted_rest = (torch.stack((torch.ones_like(g2), g2)) @ y).double()
+        rest /= count
+        weighted_rest /= weighted.clamp(min=torch.finfo(torch.float64).tiny)
+        means[0, expert], means[1, expert] = near + rest, near + weighted_rest
+        deviation = torch.linalg.vector_norm(y, dim=1).double().square()
         terms = (
             g.sum(dtype=torch.float64),
             weighted,
             norm.sum(dtype=torch.float64),
             torch.dot(g, norm).double(),
-            deviation.sum(),
-            (torch.dot(g2.double(), deviation) - weighted * shift).clamp(min=0),
+            (deviation.sum() - count * rest.square().sum()).clamp(min=0),
+            (torch.dot(g2.double(), deviation) - weighted * weighted_rest.square().sum()).clamp(min=0),
         )
         torch.stack(terms, out=sums[expert])
     columns = sums.cpu().numpy().T
-    mean_EH, weighted_mean_EH = means.cpu().numpy().astype(np.float64)
+    mean_EH, weighted_mean_EH = means.cpu().numpy()
     return ExpertStats(
         tokens=np.float64(tokens),
         count=np.asarray(counts, np.float64),

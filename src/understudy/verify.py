@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from understudy.checkpoint import Checkpoint
-from understudy.errors import CheckpointError
+from understudy.errors import CheckpointError, NumericError
 from understudy.kinds import get_kind
 from understudy.moe import MoELayer
 from understudy.plans import Plan
 from understudy.shards import CHUNK, Piece
-from understudy.skeleton import Skeleton
+from understudy.skeleton import ROOT, Skeleton
 from understudy.stats import Probe, Stats
 
 # Relative to the largest output of the layer; the sums are the same, only their order differs.
@@ -38,24 +38,28 @@ def verify_folder(
 
     Raises:
         CheckpointError: what is wrong, and in which tensor or layer.
+        NumericError: the source holds NaN or infinity.
     """
     written = Skeleton(folder, device="cpu", trust_remote_code=trust_remote_code)
     verify_tensors(written.checkpoint, source.checkpoint, pieces)
     changed = [layer for layer in source.layers if plan.layers.get(layer.key)]
-    indices = sorted({layer.index for layer in source.layers})
-    for step, index in enumerate(indices):
-        here = [layer for layer in changed if layer.index == index]
+    parts = [ROOT, *range(len(source.decoder_layers))]
+    for step, part in enumerate(parts):
+        here = [layer for layer in changed if layer.index == part]
         probes = {layer.key: _probe_of(stats, layer) for layer in here}
         expected = {}
         if here:
-            with source.resident(index):
+            with source.resident(part):
                 for layer in here:
                     expected[layer.key] = _planned(source, layer, plan, probes[layer.key], stats)
-        with written.resident(index):  # complete and finite, or it raises
-            for layer in here:
-                _compare(written, layer, plan, probes[layer.key], expected[layer.key])
+        try:
+            with written.resident(part):  # complete and finite, or it raises
+                for layer in here:
+                    _compare(written, layer, plan, probes[layer.key], expected[layer.key])
+        except NumericError as error:  # every byte has been compared: it is the source that is broken
+            raise NumericError(str(error).replace(str(folder), str(source.checkpoint.folder))) from None
         if progress:
-            progress(step + 1, len(indices))
+            progress(step + 1, len(parts))
 
 
 def verify_tensors(written: Checkpoint, source: Checkpoint, pieces: Sequence[Piece]) -> None:

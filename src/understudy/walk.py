@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from understudy.activations import ActivationStore
 from understudy.errors import NumericError, UnsupportedModelError
-from understudy.skeleton import ROOT, Skeleton, all_finite
+from understudy.runtime import all_finite
+from understudy.skeleton import ROOT, Skeleton
 
 Observe = Callable[[int, nn.Module], AbstractContextManager[Any]]
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from understudy.errors import UnderstudyError
 
@@ -37,19 +38,23 @@ class Screen:
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK") or 0)
         self.debug = bool(os.environ.get("UNDERSTUDY_DEBUG"))
+        self.err = sys.stderr  # as long as we work, sys.stderr is elsewhere
         self._bar: Progress | None = None
         self._what = ""
 
     def step(self, what: str, done: int, total: int) -> None:
         """Move the one bar, which is there on terminals only."""
-        if self.rank or not sys.stderr.isatty():
+        if self.rank or not self.err.isatty():
             return
         if self._bar is None:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
             columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            console = Console(file=self.err)
+            self._bar = Progress(
+                *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+            )
             self._bar.add_task(what, total=total)
             self._bar.start()
         task = self._bar.task_ids[0]
@@ -63,7 +68,7 @@ class Screen:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            sys.stderr.write(f"{text}\n")
+            self.err.write(f"{text}\n")
 
     def show(self, data: dict[str, Any], view: Callable[[dict[str, Any]], RenderableType], as_json: bool) -> None:
         """Write the result to stdout."""
@@ -79,7 +84,7 @@ class Screen:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Keep stdout clean and other packages quiet while a command works."""
+        """Keep stdout clean and other packages quiet while a command works; for debugging they talk on stderr."""
         if not self.debug:
             for name, value in _QUIET.items():
                 os.environ.setdefault(name, value)
@@ -87,11 +92,17 @@ class Screen:
         nobody = logging.NullHandler()  # without any handler, Python writes the warnings of every package to stderr
         level = ours.level
         ours.addHandler(handler)
-        ours.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+        ours.setLevel(logging.INFO if self.err.isatty() else logging.WARNING)
         logging.getLogger().addHandler(nobody)
         try:
-            with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-                if not self.debug:
+            with contextlib.ExitStack() as stack:
+                if self.debug:
+                    stack.enter_context(contextlib.redirect_stdout(self.err))
+                else:
+                    nowhere = _nowhere()
+                    stack.enter_context(contextlib.redirect_stdout(nowhere))
+                    stack.enter_context(contextlib.redirect_stderr(nowhere))  # bars that no setting turns off
+                    stack.enter_context(warnings.catch_warnings())
                     warnings.simplefilter("ignore")
                 yield
         finally:
@@ -121,6 +132,12 @@ class _Notes(logging.Handler):
         if not self.screen.rank:
             kind = "warning" if record.levelno >= logging.WARNING else "note"
             self.screen.say(f"{kind}: {_line(record.getMessage())}")
+
+
+@functools.cache
+def _nowhere() -> TextIO:
+    """A stream that is never closed: other packages keep it for their loggers."""
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def explain(error: BaseException) -> tuple[str, int]:

@@ -6,16 +6,21 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from understudy._version import __version__
 from understudy.checkpoint import Checkpoint, resolve
 from understudy.cut import LayerCut, novice_names
-from understudy.errors import OutputError, PlanError, StatsError, UnderstudyError
+from understudy.errors import NumericError, OutputError, PlanError, StatsError, UnderstudyError, reason
 from understudy.facts import ModelFacts, parse_bytes
+from understudy.held import held
 from understudy.kinds import check_plan, expected_bytes, get_kind
 from understudy.layout import expert_tensors, model_facts, vllm_refuses
 from understudy.loading import declare_constants
@@ -67,8 +72,8 @@ def apply(
         UnderstudyError: plan, statistics and model do not belong together, the source is damaged, `out` is taken, the
             disk is full, or the result does not hold what the plan says.
     """
-    target = Path(out)
-    free_target(target)
+    target = free_target(out)
+    limit = parse_bytes(max_shard_size) if max_shard_size else MAX_SHARD
     plan_file = None if isinstance(plan, Plan) else Path(plan)
     decided = plan if isinstance(plan, Plan) else load_plan(plan)
     known = stats if isinstance(stats, Stats) or stats is None else load_stats(stats)
@@ -80,52 +85,51 @@ def apply(
     check_plan(decided, facts)
     _check_stats(decided, known, facts)
     pieces, config = _cut(source, decided, known)
-    staging = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # what a killed run left behind
-    try:
-        staging.mkdir(parents=True)
-        limit = parse_bytes(max_shard_size) if max_shard_size else MAX_SHARD
-        report = progress or (lambda what, done, total: None)
-        write_folder(
-            staging,
-            source.checkpoint,
-            pieces,
-            max_shard=limit,
-            progress=lambda done, total: report("write", done, total),
-        )
+    written = sum(p.nbytes for p in pieces)
+    assert written == expected_bytes(decided, facts)
+    report = progress or (lambda what, done, total: None)
+    with _staging(target) as staging:
+        write_folder(staging, source.checkpoint, pieces, max_shard=limit, progress=partial(report, "write"))
         _write_rest(staging, source.checkpoint, config)
         _write_artefacts(staging, decided, plan_file, stats, artefacts or {})
         for name, path in (extra_files or {}).items():
             shutil.copyfile(path, staging / name)
-        verify_folder(
-            source,
-            staging,
-            decided,
-            pieces,
-            known,
-            trust_remote_code,
-            lambda done, total: report("verify", done, total),
-        )
-        os.replace(staging, target)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror})") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    written = sum(p.nbytes for p in pieces)
-    assert written == expected_bytes(decided, facts)
+        verify_folder(source, staging, decided, pieces, known, trust_remote_code, partial(report, "verify"))
     return Applied(target, written, source.checkpoint.nbytes, _loads(source, decided, config))
 
 
-def free_target(target: Path) -> None:
-    """Make sure that a model folder can be put there; an empty folder gives way.
+def free_target(out: str | os.PathLike[str]) -> Path:
+    """Make sure that a model folder can be put there, an empty folder may be, and return where it really is.
 
     Raises:
         OutputError: something is there already.
     """
-    if target.is_dir() and not any(target.iterdir()):
-        target.rmdir()
-    if target.exists():
-        raise OutputError(f"{target} exists already and is not empty; choose another --out or remove it")
+    target = Path(out)
+    if target.is_symlink() or target.name in ("", ".."):
+        target = target.resolve()  # what is renamed in the end must lie on the same disk
+    if os.path.ismount(target):
+        raise OutputError(f"{target} is a mount point, which cannot be replaced; choose a new folder inside it")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise OutputError(f"{target} exists already{' and is not empty' * target.is_dir()}; choose another --out")
+    return target
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """Give a folder to write to that becomes the target in the end, or vanishes with whatever goes wrong."""
+    with held(target) as staging:
+        try:
+            for left in staging.iterdir():  # by a killed run
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield staging
+            os.replace(staging, target)
+        except BaseException as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise OutputError(f"{target}: cannot be written ({reason(error)})") from None
+            if isinstance(error, UnderstudyError):  # people know the folder by the name that it would have had
+                raise type(error)(str(error).replace(str(staging), str(target))) from None
+            raise
 
 
 def _loads(source: Skeleton, plan: Plan, config: dict[str, Any]) -> str:
@@ -146,6 +150,12 @@ def _check_stats(plan: Plan, stats: Stats | None, facts: ModelFacts) -> None:
             f"these statistics are of {stats.model.source} ({stats.model.fingerprint}), the model is {facts.source} "
             f"({facts.fingerprint}); calibrate this model"
         )
+    for key, kinds in plan.layers.items():
+        for kind, ids in kinds.items():
+            for name in get_kind(kind).needs:
+                assert stats is not None
+                if not np.isfinite(getattr(stats.layers[key], name)[list(ids)]).all():
+                    raise NumericError(f"layer {key}: the statistics hold NaN or infinity ({name}); calibrate again")
 
 
 def _cut(source: Skeleton, plan: Plan, stats: Stats | None) -> tuple[list[Piece], dict[str, Any]]:
@@ -209,7 +219,9 @@ def _set_expert_count(config: dict[str, Any], source: Skeleton, remaining: int) 
 def _write_rest(staging: Path, source: Checkpoint, config: dict[str, Any]) -> None:
     (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in source.other_files:
-        shutil.copyfile(path, staging / path.name)
+        copy = staging / path.relative_to(source.folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def _write_artefacts(

@@ -8,23 +8,25 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
+from understudy._version import __version__
 from understudy.activations import ActivationStore
 from understudy.checkpoint import resolve
 from understudy.data import Blocks, token_blocks
-from understudy.errors import DataError, OutputError, StatsError
+from understudy.errors import DataError, OutputError, StatsError, reason
 from understudy.facts import ModelFacts, parse_bytes
+from understudy.held import held, work_folder
 from understudy.layout import model_facts
 from understudy.moe import MoELayer
+from understudy.processes import Processes, join_processes
 from understudy.recipe import Calibration, settings_from
+from understudy.runtime import pick_device
 from understudy.skeleton import Skeleton
 from understudy.stats import ExpertStats, Probe, Stats, load_stats
 from understudy.tap import Tap
@@ -59,6 +61,7 @@ def calibrate(
     target = Path(out)
     if target.exists():
         raise OutputError(f"{target} exists already; choose another --out or remove it")
+    processes = join_processes(pick_device(chosen.device))
     folder = resolve(model)
     skeleton = Skeleton(
         folder,
@@ -82,17 +85,25 @@ def calibrate(
     if blocks.ids.max() >= (vocabulary := skeleton.model.get_input_embeddings().weight.shape[0]):
         raise DataError(f"{folder}: its tokenizer gives ids past its vocabulary of {vocabulary}")
     facts = model_facts(skeleton, str(model))
-    rank, world = _processes(skeleton.device)
-    work = _work_folder(target, facts, blocks, chosen, world)
-    layers, probes = collect(skeleton, facts, blocks, chosen, work, progress, rank, world)
-    stats = Stats(facts, _data_facts(blocks, chosen), layers, probes)
-    if rank == 0:
+    with held(target) if processes.rank == 0 else nullcontext():
+        work = work_folder(target) / _run_key(skeleton, blocks, chosen, processes)
+        finished = work / "stats.safetensors"
+        stats = None
+        if not processes.minimum(finished.exists()):  # else a run was killed while it tidied up
+            _only(work, work.parent)
+            layers, probes = collect(skeleton, facts, blocks, chosen, work, progress, processes)
+            stats = Stats(facts, _data_facts(blocks, chosen), layers, probes)
+        if processes.rank == 0:
+            if stats is not None:
+                stats.save(finished)
+            _publish(finished, target)
+    processes.wait()
+    if processes.rank:
+        _tidy(work / f"rank-{processes.rank}")  # where the processes do not share a disk
+    stats = load_stats(target) if target.exists() or stats is None else stats
+    if processes.rank == 0:
         _report_unseen(stats)
-        stats.save(target)
-        shutil.rmtree(work, ignore_errors=True)
-    if world > 1:
-        torch.distributed.barrier()
-    return load_stats(target)
+    return stats
 
 
 def collect(
@@ -102,14 +113,14 @@ def collect(
     settings: Calibration,
     work: Path,
     progress: Progress | None = None,
-    rank: int = 0,
-    world: int = 1,
+    processes: Processes | None = None,
 ) -> tuple[dict[str, ExpertStats], dict[str, Probe]]:
     """Walk token blocks through a model and return the sums and probes of each MoE layer, by its key.
 
-    Finished layers are kept in `work`, from where a later call with the same arguments goes on.
+    All blocks are of one length, so nothing is padded and every position counts. Finished layers are kept in `work`,
+    from where a later call with the same arguments goes on.
     """
-    return _Run(skeleton, facts, blocks, settings, work, rank, world).collect(progress)
+    return _Run(skeleton, facts, blocks, settings, work, processes or Processes()).collect(progress)
 
 
 class _Run:
@@ -122,17 +133,17 @@ class _Run:
         blocks: Blocks,
         settings: Calibration,
         work: Path,
-        rank: int,
-        world: int,
+        processes: Processes,
     ) -> None:
-        if len(blocks.ids) < world:
-            raise DataError(f"{len(blocks.ids)} blocks cannot be split over {world} processes; give more text")
-        self.skeleton, self.facts, self.rank, self.world = skeleton, facts, rank, world
-        self.work, self.mine = work, work / f"rank-{rank}"
-        self.mine.mkdir(parents=True, exist_ok=True)
-        store = ActivationStore(parse_bytes(settings.activation_memory), self.mine, skeleton.device)
-        ids = np.array_split(blocks.ids, world)[rank]
-        self.walk = Walk(skeleton, ids, settings.batch_size, store)
+        if len(blocks.ids) < processes.world:
+            few = f"{len(blocks.ids)} blocks cannot be split over {processes.world} processes"
+            raise DataError(f"{few}; give more text or start fewer")
+        self.skeleton, self.facts, self.processes = skeleton, facts, processes
+        self.mine = work / f"rank-{processes.rank}"
+        memory = parse_bytes(settings.activation_memory)
+        self.store = ActivationStore(memory, self.mine, skeleton.device, processes.wait)
+        ids = np.array_split(blocks.ids, processes.world)[processes.rank]
+        self.walk = Walk(skeleton, ids, settings.batch_size, self.store)
         self.by_depth: dict[int, list[MoELayer]] = {}
         for layer in skeleton.layers:
             self.by_depth.setdefault(layer.index, []).append(layer)
@@ -154,7 +165,7 @@ class _Run:
         layers, probes = {}, {}
         for layer in self.skeleton.layers:
             local = self._load(layer.key)
-            layers[layer.key] = _merge_over_processes(local.layers[layer.key], self.world)
+            layers[layer.key] = self.processes.merged(local.layers[layer.key])
             probes[layer.key] = local.probes[layer.key]
         return layers, probes
 
@@ -175,19 +186,22 @@ class _Run:
             Stats(only, {}, {layer.key: tap.stats}, {layer.key: tap.probe}).save(self._file(layer.key))
 
     def _resume(self) -> int:
-        last = self.walk.store.resume(len(self.walk.batches))
-        finished = 0 if last is None else last + 1
-        if any(not self._file(x.key).exists() for x in self.skeleton.layers if x.index < finished):
-            finished = 0
-        agreed = _minimum_over_processes(finished, self.world)
-        if agreed != finished:  # another process was killed earlier; what this one has is one layer too far
-            agreed = 0
-        agreed = _minimum_over_processes(agreed, self.world)
-        if agreed:
-            logger.info("going on at layer %d of an interrupted calibration in %s", agreed, self.work)
-        else:
-            self.walk.store.forget()
-        return agreed
+        """Open the last layer that every process has finished and return the number of the next; 0 where none is."""
+        batches = len(self.walk.batches)
+        latest = self.store.latest(batches)
+        if latest is None or not all(self._is_there(x.key) for x in self.skeleton.layers if x.index <= latest):
+            latest = -1
+        common = self.processes.minimum(latest)
+        if not self.processes.minimum(self.store.resume(common, batches)):
+            return 0
+        logger.info("going on at layer %d of an interrupted calibration in %s", common + 1, self.mine.parent)
+        return common + 1
+
+    def _is_there(self, key: str) -> bool:
+        try:
+            return bool(self._load(key).layers)
+        except StatsError:
+            return False
 
     def _file(self, key: str) -> Path:
         return self.mine / f"stats-{key}.safetensors"
@@ -196,17 +210,35 @@ class _Run:
         return load_stats(self._file(key))
 
 
-def _work_folder(target: Path, facts: ModelFacts, blocks: Blocks, settings: Calibration, world: int) -> Path:
-    """A folder named after everything that the sums depend on, so that only the same run is ever continued."""
-    parts = [facts.fingerprint, blocks.digest, settings.dtype, settings.device, settings.experts]
-    identity = json.dumps([*parts, settings.batch_size, world])
-    name = f".{target.name}.{hashlib.sha256(identity.encode()).hexdigest()[:12]}.partial"
-    work = target.parent / name
+def _run_key(skeleton: Skeleton, blocks: Blocks, settings: Calibration, processes: Processes) -> str:
+    """Hash everything that the sums depend on, so that only the same run is ever continued."""
+    parts = [__version__, skeleton.checkpoint.fingerprint, blocks.digest, str(skeleton.dtype), str(skeleton.device)]
+    identity = json.dumps([*parts, settings.experts, settings.batch_size, processes.world])
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+
+def _only(kept: Path, folder: Path) -> None:
+    """Remove all else from a folder: what runs with other settings left there."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path != kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _publish(finished: Path, target: Path) -> None:
+    """Make the statistics appear as the last act: whenever a run is killed, they are there or the work folder is."""
+    _only(finished, finished.parent)
     try:
-        work.mkdir(parents=True, exist_ok=True)
+        os.replace(finished, target)
     except OSError as error:
-        raise OutputError(f"{work}: cannot be created ({error.strerror})") from None
-    return work
+        raise OutputError(f"{target}: cannot be written ({reason(error)})") from None
+    _tidy(finished.parent)
+
+
+def _tidy(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # the folders above, where nobody else is in them
+        folder.parent.rmdir()
+        folder.parent.parent.rmdir()
 
 
 def _data_facts(blocks: Blocks, settings: Calibration) -> dict[str, Any]:
@@ -234,42 +266,3 @@ def _report_unseen(stats: Stats) -> None:
             worst,
             unseen[worst],
         )
-
-
-def _processes(device: torch.device) -> tuple[int, int]:
-    """Rank and number of processes, as set by `accelerate launch` or `torchrun`."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1
-    from accelerate import PartialState
-
-    PartialState(cpu=device.type == "cpu")  # opens the process group with the backend that suits the device
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def _merge_over_processes(local: ExpertStats, world: int) -> ExpertStats:
-    if world == 1:
-        return local
-    names = [f.name for f in fields(ExpertStats)]
-    flat = torch.from_numpy(np.concatenate([np.asarray(getattr(local, n), np.float64).ravel() for n in names]))
-    gathered = [torch.empty_like(flat) for _ in range(world)]
-    torch.distributed.all_gather(gathered, flat)
-    merged = None
-    for part in gathered:
-        values, start = {}, 0
-        for name in names:
-            shape = np.asarray(getattr(local, name)).shape
-            size = int(np.prod(shape, dtype=np.int64))
-            values[name] = part[start : start + size].numpy().reshape(shape)
-            start += size
-        other = replace(local, **values)
-        merged = other if merged is None else merged + other
-    assert merged is not None
-    return merged
-
-
-def _minimum_over_processes(value: int, world: int) -> int:
-    if world == 1:
-        return value
-    tensor = torch.tensor(value)
-    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MIN)
-    return int(tensor)

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,14 @@ from understudy._version import __version__
 from understudy.card import Card, commands, read_card
 from understudy.checkpoint import resolve
 from understudy.data import token_blocks
-from understudy.errors import OutputError, StatsError, UnderstudyError
+from understudy.errors import OutputError, StatsError, UnderstudyError, reason
 from understudy.facts import ModelFacts, format_bytes, parse_bytes
+from understudy.held import held, work_folder
 from understudy.kinds import get_kind
 from understudy.methods import get_method
+from understudy.processes import join_processes
 from understudy.recipe import Calibration, Selection, settings_from
-from understudy.skeleton import pick_device
+from understudy.runtime import pick_device
 from understudy.stages.apply import apply, free_target
 from understudy.stages.calibrate import calibrate
 from understudy.stages.inspect import Inspection, inspect
@@ -74,7 +77,7 @@ def compress(
 ) -> Compressed | None:
     """Calibrate a model, choose experts to replace, and write the smaller model to `out`, with its artefacts and card.
 
-    Statistics are kept in `.NAME.work` beside `out` until the end: a call that was interrupted goes on from there.
+    Statistics are kept in a work folder beside `out` until the end: a call that was interrupted goes on from there.
 
     Args:
         model: a local folder or a hub id; it is only read.
@@ -93,37 +96,42 @@ def compress(
     calibration, selection = _settings(calibration, selection, options)
     if max_shard_size:
         parse_bytes(max_shard_size)
-    target = Path(out)
-    free_target(target)
+    target = free_target(out)
     found = inspect(model, trust_remote_code=calibration.trust_remote_code)
     if found.facts is None:
         raise StatsError(f"{model} holds stand-ins already; compress the original model")
     _rehearse(found.facts, selection, target)
-    work = target.with_name(f".{target.name}.work")
-    stats_file = work / f"stats-{_identity(found.facts, calibration)}.safetensors"
     report = progress or (lambda what, done, total: None)
-    if not _usable(stats_file, model, calibration):
-        _wait_for_all(calibration)  # before any of them removes what another one looks at
-        calibrate(model, stats_file, settings=calibration, progress=partial(report, "calibrate"))
-    if not _wait_for_all(calibration):
-        return None
-    planned = make_plan(stats_file, selection)
-    applied = apply(
-        model,
-        planned.plan,
-        target,
-        stats=stats_file,
-        max_shard_size=max_shard_size,
-        trust_remote_code=calibration.trust_remote_code,
-        artefacts={
-            "stats.safetensors": stats_file,
-            "recipe.json": _write_recipe(work, model, calibration, selection, max_shard_size),
-        },
-        extra_files={"README.md": _write_card(work, target, found, planned, calibration, selection)},
-        progress=report,
-    )
-    shutil.rmtree(work, ignore_errors=True)
+    processes = join_processes(pick_device(calibration.device))
+    with held(_work_name(target)) if processes.rank == 0 else nullcontext():
+        work = work_folder(_work_name(target))
+        stats_file = work / f"stats-{_identity(found.facts, calibration)}.safetensors"
+        if not processes.minimum(_usable(stats_file, model, calibration)):
+            if processes.rank == 0:
+                stats_file.unlink(missing_ok=True)
+            processes.wait()
+            calibrate(model, stats_file, settings=calibration, progress=partial(report, "calibrate"))
+        if processes.rank:
+            return None
+        planned = make_plan(stats_file, selection)
+        recipe = _write_recipe(work, model, calibration, selection, max_shard_size)
+        applied = apply(
+            model,
+            planned.plan,
+            target,
+            stats=stats_file,
+            max_shard_size=max_shard_size,
+            trust_remote_code=calibration.trust_remote_code,
+            artefacts={"stats.safetensors": stats_file, "recipe.json": recipe},
+            extra_files={"README.md": _write_card(work, target, found, planned, calibration, selection, stats_file)},
+            progress=report,
+        )
+        shutil.rmtree(work, ignore_errors=True)
     return Compressed(applied.folder, planned, applied.nbytes, applied.source_nbytes, applied.loads)
+
+
+def _work_name(target: Path) -> Path:
+    return target.with_name(f"{target.name}.compress")
 
 
 def _settings(
@@ -158,7 +166,7 @@ def _rehearse(facts: ModelFacts, selection: Selection, target: Path) -> None:
 def _identity(facts: ModelFacts, calibration: Calibration) -> str:
     """Name the settings that statistics depend on."""
     settings = calibration.model_dump(exclude={"activation_memory"})
-    return hashlib.sha256(json.dumps([facts.fingerprint, settings]).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([__version__, facts.fingerprint, settings]).encode()).hexdigest()[:12]
 
 
 def _usable(stats_file: Path, model: str | os.PathLike[str], calibration: Calibration) -> bool:
@@ -168,25 +176,17 @@ def _usable(stats_file: Path, model: str | os.PathLike[str], calibration: Calibr
     try:
         digest = load_stats(stats_file, only=()).data.get("digest")
     except UnderstudyError:
-        digest = None
-    tokenizer = load_tokenizer(resolve(model), calibration.trust_remote_code)
-    wanted = {"seq_len": calibration.seq_len, "samples": calibration.samples, "seed": calibration.seed}
-    if digest == token_blocks(calibration.data, tokenizer, **wanted).digest:
+        return False
+    blocks = token_blocks(
+        calibration.data,
+        load_tokenizer(resolve(model), calibration.trust_remote_code),
+        seq_len=calibration.seq_len,
+        samples=calibration.samples,
+        seed=calibration.seed,
+    )
+    if digest == blocks.digest:
         logger.info("going on with the statistics of an interrupted call, %s", stats_file)
-        return True
-    stats_file.unlink(missing_ok=True)
-    return False
-
-
-def _wait_for_all(calibration: Calibration) -> bool:
-    """Wait until every process of `torchrun` or `accelerate launch` is here; say whether this is the first."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return True
-    from accelerate import PartialState
-
-    state = PartialState(cpu=pick_device(calibration.device).type == "cpu")
-    state.wait_for_everyone()
-    return bool(state.is_main_process)
+    return digest == blocks.digest
 
 
 def _write_recipe(
@@ -214,9 +214,10 @@ def _write_card(
     planned: PlanResult,
     calibration: Calibration,
     selection: Selection,
+    stats_file: Path,
 ) -> Path:
     used = {name for kinds in planned.plan.layers.values() for name in kinds}
-    data = load_stats(work / f"stats-{_identity(planned.facts, calibration)}.safetensors", only=()).data
+    data = load_stats(stats_file, only=()).data
     card = Card(
         name=target.name,
         source=found.model,
@@ -239,5 +240,5 @@ def _write(path: Path, text: str) -> Path:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+        raise OutputError(f"{path}: cannot be written ({reason(error)})") from None
     return path
