@@ -61,7 +61,8 @@ def cut(path: Path, keep: int) -> None:
 
 
 def point(folder: Path, where: Any) -> None:
-    rewrite(folder / INDEX, lambda index: index["weight_map"].update(dict.fromkeys(list(index["weight_map"])[:1], where)))
+    """Let the index name another file for its first tensor."""
+    rewrite(folder / INDEX, lambda i: i["weight_map"].update({next(iter(i["weight_map"])): where}))
 
 
 def overlap(header: dict[str, Any]) -> None:
@@ -86,11 +87,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         rf"has neither {SINGLE} nor {INDEX}; only safetensors are read, convert it first",
     ),
     "missing shard": (lambda f: shard(f).unlink(), r"model-00002.*\.safetensors: this shard is missing; fetch"),
-    "truncated shard": (lambda f: cut(shard(f), -10), r"model-00002.*: truncated, \d+ bytes where its header says \d+"),
-    "truncated header": (lambda f: cut(shard(f), 100), r"model-00002.*: truncated \(100 bytes, header missing\); fetch"),
+    "truncated shard": (lambda f: cut(shard(f), -10), r"model-00002.*: truncated, \d+ bytes where its header"),
+    "truncated header": (lambda f: cut(shard(f), 100), r"model-00002.*: truncated \(100 bytes, header missing\)"),
     "truncated length": (lambda f: cut(shard(f), 5), r"model-00002.*: truncated \(5 bytes"),
     "empty shard": (lambda f: cut(shard(f), 0), r"model-00002.*: truncated \(0 bytes"),
-    "bytes too many": (lambda f: shard(f).open("ab").write(b"more"), r"model-00002.*: corrupt, \d+ bytes where its head"),
+    "bytes too many": (lambda f: shard(f).open("ab").write(b"more"), r"model-00002.*: corrupt, \d+ bytes where its"),
     "a web page": (
         lambda f: shard(f).write_bytes((40).to_bytes(8, "little") + b"<!DOCTYPE html>" * 90),
         r"model-00002.*: not a safetensors file \(its header is not JSON\); fetch this file again",
@@ -138,10 +139,10 @@ def test_a_shard_that_ends_while_it_is_read(folder: Path) -> None:
     checkpoint = Checkpoint(folder)
     last = max((e for e in checkpoint.entries.values() if e.file == shard(folder).name), key=lambda e: e.start)
     cut(shard(folder), -1)
-    with pytest.raises(CheckpointError, match=f"model-00002.*: ends inside tensor '{re.escape(last.name)}'; fetch this"):
+    with pytest.raises(CheckpointError, match=f"model-00002.*: ends inside tensor '{re.escape(last.name)}'; fetch"):
         checkpoint.read(last.name)
     shard(folder).unlink()
-    with pytest.raises(CheckpointError, match="model-00002.*: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"model-00002.*: cannot be read"):
         checkpoint.read(last.name)
 
 
@@ -149,10 +150,15 @@ def test_a_shard_that_ends_while_a_layer_is_loaded(folder: Path) -> None:
     skeleton = Skeleton(folder)
     for path in folder.glob("*.safetensors"):
         cut(path, -1)
-    with pytest.raises(CheckpointError, match=r"model-0000\d.*: ends inside tensor .*; fetch this file again") as caught:
-        for part in range(-1, zoo.LAYERS):
-            skeleton.load(part)
+    with pytest.raises(CheckpointError, match=r"model-0000\d.*: ends inside tensor .*; fetch this file") as caught:
+        load_all(skeleton)
     assert "\n" not in str(caught.value)
+
+
+def load_all(skeleton: Skeleton) -> None:
+    for part in range(-1, zoo.LAYERS):
+        with skeleton.resident(part):
+            pass
 
 
 def test_reads_what_safetensors_reads(tmp_path: Path) -> None:
@@ -262,7 +268,7 @@ def test_a_local_folder_never_touches_the_network(
 def test_a_hub_id_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(CheckpointError, match=r"^nobody/nothing: no such folder, and the hub could not deliver") as caught:
+    with pytest.raises(CheckpointError, match=r"^nobody/nothing: no such folder, and the hub could not") as caught:
         resolve("nobody/nothing")
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
@@ -304,17 +310,14 @@ def test_weights_that_do_not_fit_the_model(folder: Path) -> None:
     save_file({k: v for k, v in tensors.items() if k != name}, shard(folder), metadata={"format": "pt"})
     rewrite(folder / INDEX, lambda i: i["weight_map"].pop(name) and None)
     skeleton = Skeleton(folder)
-    with pytest.raises(CheckpointError, match=r"decoder layer \d|model\.layers\.\d"):
-        for part in range(zoo.LAYERS):
-            with skeleton.resident(part):
-                pass
+    with pytest.raises(CheckpointError, match=r"layers\.\d.*are incomplete or do not fit") as caught:
+        load_all(skeleton)
+    assert "\n" not in str(caught.value)
     save_file(tensors | {name: tensors[name][:3].clone()}, shard(folder), metadata={"format": "pt"})
     rewrite(folder / INDEX, lambda i: i["weight_map"].update({name: shard(folder).name}))
     skeleton = Skeleton(folder)
-    with pytest.raises(CheckpointError, match=r"decoder layer \d|has shape") as caught:
-        for part in range(zoo.LAYERS):
-            with skeleton.resident(part):
-                pass
+    with pytest.raises(CheckpointError, match=r"layers\.\d.*are incomplete or do not fit") as caught:
+        load_all(skeleton)
     assert "\n" not in str(caught.value)
 
 
@@ -323,8 +326,8 @@ def test_weights_that_do_not_fit_the_model(folder: Path) -> None:
     [
         ({"model_type": "no_such_moe"}, "transformers cannot read its config"),
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "not a Mixture-of-Experts model"),
-        ({"num_experts": "many"}, ""),
-        ({"hidden_act": "no_such_function"}, ""),
+        ({"num_experts": "many"}, "transformers cannot read its config .*num_experts"),
+        ({"hidden_act": "no_such_function"}, "no language model class for .*no_such_function"),
     ],
 )
 def test_configs_that_make_no_model(changes: dict[str, Any], message: str, folder: Path) -> None:

@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _untouched_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _untouched_environment() -> Iterator[None]:
     """Commands silence other packages through the environment, which must not reach other tests."""
     before = dict(os.environ)
     yield
@@ -355,6 +355,7 @@ def test_errors_become_one_line(tmp_path: Path) -> None:
     assert text.startswith("ZeroDivisionError: division by zero")
 
 
+@pytest.mark.filterwarnings("ignore:more chatter")
 def test_what_was_not_foreseen_shows_no_traceback(
     place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -22,17 +22,33 @@ from contract import (
     without_understudy,
 )
 from understudy.activations import ActivationStore
+from understudy.errors import UnsupportedModelError
 from understudy.skeleton import Skeleton
 from understudy.stages.apply import apply
 from understudy.walk import Walk
 
-FAMILIES = [
-    pytest.param(t, marks=[] if t in zoo.DISTINCT else pytest.mark.families) for t in sorted(zoo.supported_types())
-]
+# At the seam, and yet not possible: refused by name, in these words.
+REFUSED = {
+    "ernie4_5_vl_moe": "cannot be cut between experts",  # text and vision experts are numbered through
+    "inkling2": "layers before the previous one",
+    "inkling2_text": "layers before the previous one",
+}
+
+
+FAMILIES = [pytest.param(t, marks=[] if t in zoo.DISTINCT else pytest.mark.families) for t in zoo.SEAM]
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_contract(model_type: str, tmp_path: Path) -> None:
+    if model_type in REFUSED:
+        with pytest.raises(UnsupportedModelError, match=REFUSED[model_type]):
+            run_contract(model_type, tmp_path)
+    else:
+        run_contract(model_type, tmp_path)
+
+
+def run_contract(model_type: str, tmp_path: Path) -> None:
+    """Find, stream, calibrate, cut, write, load, compare, generate and save again."""
     folder, ids = tiny_folder(model_type, tmp_path / "model"), ids_of()
     whole = load(folder, model_type)
     check_streaming(folder, whole, ids, tmp_path)
@@ -90,11 +106,6 @@ def check_saved_again(small, out: Path, whole, folder: Path, tmp_path: Path) -> 
         assert changed <= {k for k in before if not torch.equal(before[k], after[k])}
 
 
-def test_distinct_layouts_are_really_distinct() -> None:
-    assert set(zoo.DISTINCT) <= set(zoo.supported_types())
-    assert len(zoo.DISTINCT) >= 8
-
-
-@pytest.mark.families
 def test_enough_families() -> None:
-    assert len(zoo.supported_types()) >= 55
+    assert len(set(zoo.SEAM) - set(REFUSED)) >= 55
+    assert set(zoo.DISTINCT) <= set(zoo.SEAM) - set(REFUSED)

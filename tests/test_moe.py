@@ -17,18 +17,6 @@ from understudy.errors import UnsupportedModelError
 from understudy.moe import MoELayer, expert_count_keys, expert_dim, find_moe_layers, is_experts, text_config
 
 # Families whose experts cannot be reached, and the words that say why.
-REFUSED = {
-    "dbrx": r"blocks\.0\.ffn\.experts \(DbrxExperts\) is no seam: it does not hold the experts as stacked",
-    "diffusion_gemma": r"experts in model\.decoder\.layers and model\.encoder\.language_model\.layers",
-    "doge": r"layers\.0\.mlp \(DogeCDMoE\) is no seam",
-    "jetmoe": r"layers\.0\.mlp\.input_linear \(JetMoeParallelExperts\) is no seam",
-    "llama4": r"\(Llama4TextExperts\) is no seam: it is called with \(hidden_states\)",
-    "llama4_text": r"\(Llama4TextExperts\) is no seam: it is called with \(hidden_states\)",
-    "longcat_flash": r"\(LongcatFlashExperts\) is no seam: its router also picks 2 experts that have no weights",
-    "nllb-moe": r"\(NllbMoeExperts\) is no seam",
-    "switch_transformers": r"\(SwitchTransformersExperts\) is no seam",
-}
-SEAM = [name for name in zoo.model_types() if name not in REFUSED and name not in zoo.UNBUILDABLE]
 
 
 def families(names: list[str]) -> list[Any]:
@@ -36,7 +24,7 @@ def families(names: list[str]) -> list[Any]:
     return [name if name in zoo.DISTINCT else pytest.param(name, marks=pytest.mark.families) for name in names]
 
 
-every_seam = pytest.mark.parametrize("model_type", families(SEAM))
+every_seam = pytest.mark.parametrize("model_type", families(zoo.SEAM))
 
 
 @functools.cache
@@ -72,9 +60,9 @@ def seam_calls(model: nn.Module, layers: list[MoELayer]) -> dict[str, tuple[Tens
 
 def test_scan_is_complete() -> None:
     types = zoo.model_types()
-    assert len(SEAM) >= 58
-    assert set(zoo.DISTINCT) <= set(SEAM)
-    assert set(REFUSED) | set(zoo.UNBUILDABLE) <= set(types)
+    assert len(zoo.SEAM) >= 58
+    assert set(zoo.DISTINCT) <= set(zoo.SEAM)
+    assert set(zoo.REFUSED) | set(zoo.UNBUILDABLE) <= set(types)
 
 
 @pytest.mark.families
@@ -85,7 +73,7 @@ def test_unbuildable(model_type: str) -> None:
     assert f"{type(caught.value).__name__}: {caught.value}".startswith(zoo.UNBUILDABLE[model_type])
 
 
-@pytest.mark.parametrize("model_type", families([*SEAM, *REFUSED]))
+@pytest.mark.parametrize("model_type", families([*zoo.SEAM, *zoo.REFUSED]))
 def test_zoo_round_trip(model_type: str, tmp_path: Any) -> None:
     model = tiny_model(model_type)
     before = logits(model)
@@ -210,11 +198,11 @@ def test_removal_of_router_rows_is_complete(model_type: str) -> None:
     assert logits(small).isfinite().all()
 
 
-@pytest.mark.parametrize("model_type", sorted(REFUSED))
+@pytest.mark.parametrize("model_type", sorted(zoo.REFUSED))
 def test_refusals_say_why(model_type: str) -> None:
     with torch.device("meta"):
         model = zoo.model_class(model_type)(zoo.tiny_config(model_type))
-    with pytest.raises(UnsupportedModelError, match=REFUSED[model_type]):
+    with pytest.raises(UnsupportedModelError, match=zoo.REFUSED[model_type]):
         find_moe_layers(model)
 
 

@@ -285,3 +285,20 @@ def _randomise(name: str, tensor: Tensor, generator: torch.Generator) -> None:
         tensor.copy_((1.0 if "router_mlp" in name else 0.2) * noise)  # the deep router of zaya dampens its input
     elif isinstance(tensor, nn.Parameter) or "bias" in name:
         tensor.add_(0.1 * noise)
+
+
+# Types that are no seam, with the reason that discovery gives.
+REFUSED = {
+    "dbrx": r"blocks\.0\.ffn\.experts \(DbrxExperts\) is no seam: it does not hold the experts as stacked",
+    "diffusion_gemma": r"experts in model\.decoder\.layers and model\.encoder\.language_model\.layers",
+    "doge": r"layers\.0\.mlp \(DogeCDMoE\) is no seam",
+    "jetmoe": r"layers\.0\.mlp\.input_linear \(JetMoeParallelExperts\) is no seam",
+    "llama4": r"\(Llama4TextExperts\) is no seam: it is called with \(hidden_states\)",
+    "llama4_text": r"\(Llama4TextExperts\) is no seam: it is called with \(hidden_states\)",
+    "longcat_flash": r"\(LongcatFlashExperts\) is no seam: its router also picks 2 experts that have no weights",
+    "nllb-moe": r"\(NllbMoeExperts\) is no seam",
+    "switch_transformers": r"\(SwitchTransformersExperts\) is no seam",
+}
+
+# Types whose experts are at the seam.
+SEAM = [name for name in model_types() if name not in REFUSED and name not in UNBUILDABLE]

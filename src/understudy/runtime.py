@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from understudy.checkpoint import Checkpoint
+from understudy.checkpoint import SUPPORTED, Checkpoint
 from understudy.errors import CheckpointError, UnderstudyError
 
 # torch's CPU library compiles a kernel for every number of rows that an expert happens to get, and keeps 1024 of them at
@@ -47,7 +47,7 @@ def pick_dtype(dtype: str, config: Any) -> torch.dtype:
         wanted = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
     if isinstance(wanted, str):
         wanted = getattr(torch, wanted.removeprefix("torch."), None)
-    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+    if wanted not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise UnderstudyError(f"--dtype {dtype}: not a floating-point dtype; use auto, float32, bfloat16 or float16")
     return wanted
 

@@ -23,10 +23,11 @@ from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
 from understudy.checkpoint import Checkpoint
-from understudy.errors import CheckpointError, NumericError, UnsupportedModelError
+from understudy.errors import CheckpointError, NumericError, UnderstudyError, UnsupportedModelError
 from understudy.loading import adapt_conversions, install_declared
 from understudy.moe import MoELayer, find_moe_layers
 from understudy.runtime import all_finite, pick_device, pick_dtype, quiet_transformers, refuse_quantised
@@ -57,10 +58,13 @@ class Skeleton:
         self.device = pick_device(device)
         try:
             self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (ValueError, KeyError, OSError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UnsupportedModelError(f"{folder}: transformers cannot read its config ({reason})") from None
+        except Exception as error:  # configs check themselves with errors of many packages
+            why = " ".join(str(error).split())[:300]
+            raise UnsupportedModelError(f"{folder}: transformers cannot read its config ({why})") from None
         self.dtype = pick_dtype(dtype, self.config)
+        if experts not in ("auto", "eager", *ALL_EXPERTS_FUNCTIONS.keys()):
+            names = ", ".join(["auto", "eager", *sorted(ALL_EXPERTS_FUNCTIONS.keys())])
+            raise UnderstudyError(f"--experts {experts}: transformers has no such implementation; there is {names}")
         if experts != "auto":
             self.config._experts_implementation = experts
         self._trust = trust_remote_code
@@ -81,17 +85,19 @@ class Skeleton:
 
     def build(self) -> PreTrainedModel:
         """Make the model on the meta device, as its config describes it before any stand-in is installed."""
+        why = ""
         with quiet_transformers(), torch.device("meta"):
             for cls in self._classes():
                 try:
                     if hasattr(cls, "_from_config"):
                         return cls._from_config(self.config, dtype=self.dtype)
                     return cls.from_config(self.config, dtype=self.dtype, trust_remote_code=self._trust)
-                except (ValueError, KeyError):
-                    continue
+                except (ValueError, KeyError) as error:
+                    text = " ".join(str(error).split())[:200]
+                    why = why or ("" if text.startswith("Unrecognized configuration") else f" ({text})")
         raise UnsupportedModelError(
             f"{self.checkpoint.folder}: transformers {transformers.__version__} has no language model class for "
-            f"model type {self.config.model_type!r}"
+            f"model type {self.config.model_type!r} with this config{why}"
         )
 
     def _classes(self) -> Iterator[Any]:
@@ -203,8 +209,9 @@ class Skeleton:
             )
         folder = self.checkpoint.folder
         if info.conversion_errors:
-            reason = " ".join(str(next(iter(info.conversion_errors.values()))).split())[:300]
-            raise CheckpointError(f"{folder}: {where} cannot be assembled ({reason})")
+            name, trace = next(iter(info.conversion_errors.items()))
+            why = [*str(trace).strip().splitlines()][-2:][0][:200]  # the line before transformers' own last one
+            raise CheckpointError(f"{folder}: the tensors of {name} are incomplete or do not fit each other ({why})")
         if info.mismatched_keys:
             name, got, expected = sorted(info.mismatched_keys, key=str)[0]
             raise CheckpointError(f"{folder}: {name} has shape {tuple(got)}, the model expects {tuple(expected)}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from understudy.errors import CheckpointError
 
+_VOCABULARY = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 _FILES = ("*token*.json", "vocab*", "merges.txt", "chat_template*", "*.model", "*.tiktoken")
 
 
@@ -20,6 +21,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not trust_remote_code and not any(path for pattern in _VOCABULARY for path in folder.glob(pattern)):
+        raise CheckpointError(f"{folder}: has no tokenizer; copy its files (tokenizer.json, ...) from the model's source")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise bare exceptions of their own for damaged files

@@ -19,7 +19,7 @@ from understudy._version import __version__
 from understudy.activations import ActivationStore
 from understudy.checkpoint import resolve
 from understudy.data import Blocks, token_blocks
-from understudy.errors import DataError, OutputError, StatsError, reason
+from understudy.errors import DataError, NumericError, OutputError, StatsError, reason
 from understudy.facts import ModelFacts, parse_bytes
 from understudy.held import held, work_folder
 from understudy.layout import model_facts
@@ -91,7 +91,11 @@ def calibrate(
         stats = None
         if not processes.minimum(finished.exists()):  # else a run was killed while it tidied up
             _only(work, work.parent)
-            layers, probes = collect(skeleton, facts, blocks, chosen, work, progress, processes)
+            try:
+                layers, probes = collect(skeleton, facts, blocks, chosen, work, progress, processes)
+            except NumericError:  # going on from there would end there again
+                _tidy(work)
+                raise
             stats = Stats(facts, _data_facts(blocks, chosen), layers, probes)
         if processes.rank == 0:
             if stats is not None:
@@ -99,7 +103,7 @@ def calibrate(
             _publish(finished, target)
     processes.wait()
     if processes.rank:
-        _tidy(work / f"rank-{processes.rank}")  # where the processes do not share a disk
+        _tidy(work)  # where the processes do not share a disk
     stats = load_stats(target) if target.exists() or stats is None else stats
     if processes.rank == 0:
         _report_unseen(stats)
@@ -235,10 +239,10 @@ def _publish(finished: Path, target: Path) -> None:
 
 
 def _tidy(folder: Path) -> None:
+    """Remove a folder in the work folder, and the work folder with the last one."""
     shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):  # the folders above, where nobody else is in them
+    with suppress(OSError):
         folder.parent.rmdir()
-        folder.parent.parent.rmdir()
 
 
 def _data_facts(blocks: Blocks, settings: Calibration) -> dict[str, Any]:
