@@ -48,7 +48,7 @@ setup: $(VENV)/.installed
 # install outside of one. Without that part the environment starts empty, and the system's pip fills it by folder.
 $(VENV)/.made:
 	rm -rf $(VENV)
-	$(PYTHON) -m venv $(VENV) || ( \
+	$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || ( \
 		rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV) && \
 		$(PYTHON) -m pip install --quiet --target \
 			"$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" pip )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import zoo
 from understudy.data import Blocks
 from understudy.layout import model_facts
 from understudy.loading import declared_constants
+from understudy.moe import expert_count_keys, expert_dim, find_moe_layers, text_config
 from understudy.plans import Plan, PlanModel
 from understudy.recipe import Calibration
 from understudy.skeleton import Skeleton
@@ -175,3 +177,21 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def declares(folder: Path) -> Any:
     return declared_constants(json.loads((folder / "config.json").read_text()))
+
+
+def with_experts(model: Any, kept: dict[str, list[int]]) -> Any:
+    """A model that has only these experts of each layer, by cutting the state dict in memory."""
+    layers = find_moe_layers(model)
+    state = dict(model.state_dict())
+    for layer in layers:
+        ids = torch.tensor(kept[layer.key])
+        for name, tensor in model.get_submodule(layer.name).named_parameters(recurse=False):
+            state[f"{layer.name}.{name}"] = tensor[ids]
+        for name in layer.router:
+            state[name] = state[name].index_select(expert_dim(tuple(state[name].shape), layer.num_experts), ids)
+    config = copy.deepcopy(model.config)
+    for name in expert_count_keys(text_config(config), layers[0].num_experts):
+        setattr(text_config(config), name, len(kept[layers[0].key]))
+    small = type(model)(config).eval()
+    small.load_state_dict(state, strict=True)
+    return small

@@ -16,9 +16,11 @@ from contract import (
     ids_of,
     load,
     masked,
+    plan_of,
     tensors_of,
     tiny_folder,
     uneven_plan,
+    with_experts,
     without_understudy,
 )
 from understudy.activations import ActivationStore
@@ -66,6 +68,7 @@ def run_contract(model_type: str, tmp_path: Path) -> None:
         new = small.generate(ids[:1], max_new_tokens=3, min_new_tokens=3, do_sample=False)
         assert new.shape == (1, ids.shape[1] + 3)
     check_saved_again(small, out, whole, folder, tmp_path)
+    check_drop(model_type, folder, whole, stats, ids, tmp_path)
     with without_understudy(), pytest.raises((RuntimeError, ValueError, KeyError, AttributeError)):
         zoo.model_class(model_type).from_pretrained(out)
 
@@ -93,6 +96,22 @@ def check_statistics(folder: Path, whole: object, ids: torch.Tensor, tmp_path: P
             got, scale = stats.layers[key].arrays()[field], max(1e-6, float(np.abs(value).max()))
             np.testing.assert_allclose(got, value, rtol=1e-4, atol=2e-6 * scale, err_msg=f"layer {key}, {field}")
     return stats
+
+
+def check_drop(model_type: str, folder: Path, whole, stats, ids: torch.Tensor, tmp_path: Path) -> None:
+    """Where router rows can go, half the experts go, and transformers as it is loads what a cut in memory gives."""
+    if any(layer.removable for layer in stats.model.layers.values()):
+        return
+    rng, gone = np.random.default_rng(1), {}
+    for key, layer in stats.model.layers.items():
+        groups = np.arange(layer.experts).reshape(layer.groups, -1)
+        gone[key] = sorted(e for group in groups for e in rng.permutation(group)[: len(group) // 2].tolist())
+    apply(folder, plan_of(stats, {key: {"drop": ids} for key, ids in gone.items()}), tmp_path / "drop")
+    kept = {key: [e for e in range(stats.model.layers[key].experts) if e not in ids] for key, ids in gone.items()}
+    with without_understudy(), torch.no_grad():
+        got = load(tmp_path / "drop", model_type)(input_ids=ids).logits
+        expected = with_experts(whole, kept)(input_ids=ids).logits
+    assert float((got - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
 def check_saved_again(small, out: Path, whole, folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import zoo
+from contract import with_experts
 from understudy.errors import UnsupportedModelError
 from understudy.moe import MoELayer, expert_count_keys, expert_dim, find_moe_layers, is_experts, text_config
 
@@ -179,18 +180,8 @@ def test_removal_of_router_rows_is_complete(model_type: str) -> None:
     if any(layer.removable for layer in layers):
         pytest.skip(next(layer.removable for layer in layers if layer.removable))
     size = zoo.EXPERTS // layers[0].groups  # keep the first half of each group
-    kept = torch.tensor([e for e in range(zoo.EXPERTS) if e % size < size // 2])
-    state = dict(model.state_dict())
-    for layer in layers:
-        for name, tensor in model.get_submodule(layer.name).named_parameters(recurse=False):
-            state[f"{layer.name}.{name}"] = tensor[kept]
-        for name in layer.router:
-            state[name] = state[name].index_select(expert_dim(tuple(state[name].shape), zoo.EXPERTS), kept)
-    config = copy.deepcopy(model.config)
-    for name in expert_count_keys(text_config(config), zoo.EXPERTS):
-        setattr(text_config(config), name, len(kept))
-    small = type(model)(config).eval()
-    small.load_state_dict(state, strict=True)
+    kept = [e for e in range(zoo.EXPERTS) if e % size < size // 2]
+    small = with_experts(model, dict.fromkeys((layer.key for layer in layers), kept))
     cut = find_moe_layers(small)
     assert [layer.num_experts for layer in cut] == [len(kept)] * len(layers)
     calls = seam_calls(small, cut)

@@ -126,14 +126,17 @@ def read_card(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def commands(model: str, out: str, calibration: Calibration, selection: Selection) -> list[str]:
+def commands(
+    model: str, out: str, calibration: Calibration, selection: Selection, max_shard_size: str | None
+) -> list[str]:
     """Return the command lines that make a model again: in one step, and in three."""
+    last = [*([("--max-shard-size", max_shard_size)] if max_shard_size else []), ("--out", out)]
     both = list(dict.fromkeys([*_flags(calibration), *_flags(selection)]))
     steps: list[list[str | tuple[str, ...]]] = [
-        ["compress", model, *both, ("--out", out)],
+        ["compress", model, *both, *last],
         ["calibrate", model, *_flags(calibration), ("--out", "stats.safetensors")],
         ["plan", "stats.safetensors", *_flags(selection), ("--out", "plan.yaml")],
-        ["apply", model, "plan.yaml", ("--stats", "stats.safetensors"), ("--out", out)],
+        ["apply", model, "plan.yaml", ("--stats", "stats.safetensors"), *last],
     ]
     lines = [" ".join(["understudy", *_words(step)]) for step in steps]
     return [lines[0], "# or, with a look at the plan in between:", *lines[1:]]

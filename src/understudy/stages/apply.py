@@ -209,7 +209,7 @@ def _set_expert_count(config: dict[str, Any], source: Skeleton, remaining: int) 
             config,
         )
     before = source.layers[0].num_experts
-    names = set(expert_count_keys(source.config, before))
+    names = set(expert_count_keys(inner, before))
     names |= {getattr(inner, "attribute_map", {}).get(n, n) for n in names}
     present = [n for n in names if raw.get(n) == before]
     for name in present or sorted(names)[:1]:

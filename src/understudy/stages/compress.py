@@ -115,6 +115,7 @@ def compress(
             return None
         planned = make_plan(stats_file, selection)
         recipe = _write_recipe(work, model, calibration, selection, max_shard_size)
+        again = commands(found.model, os.fspath(target), calibration, selection, max_shard_size)
         applied = apply(
             model,
             planned.plan,
@@ -123,7 +124,7 @@ def compress(
             max_shard_size=max_shard_size,
             trust_remote_code=calibration.trust_remote_code,
             artefacts={"stats.safetensors": stats_file, "recipe.json": recipe},
-            extra_files={"README.md": _write_card(work, target, found, planned, calibration, selection, stats_file)},
+            extra_files={"README.md": _write_card(work, target.name, found, planned, stats_file, again)},
             progress=report,
         )
         shutil.rmtree(work, ignore_errors=True)
@@ -208,30 +209,24 @@ def _write_recipe(
 
 
 def _write_card(
-    work: Path,
-    target: Path,
-    found: Inspection,
-    planned: PlanResult,
-    calibration: Calibration,
-    selection: Selection,
-    stats_file: Path,
+    work: Path, name: str, found: Inspection, planned: PlanResult, stats_file: Path, again: list[str]
 ) -> Path:
-    used = {name for kinds in planned.plan.layers.values() for name in kinds}
+    used = {kind for kinds in planned.plan.layers.values() for kind in kinds}
     data = load_stats(stats_file, only=()).data
     card = Card(
-        name=target.name,
+        name=name,
         source=found.model,
         source_card=read_card(resolve(found.model)),
         facts=planned.facts,
         plan=planned.plan,
         paper=get_method(planned.plan.method).paper,
-        kinds={name: get_kind(name).description for name in used},
+        kinds={kind: get_kind(kind).description for kind in used},
         nbytes=planned.expected_bytes,
-        stock=all(get_kind(name).renumbers for name in used),
+        stock=all(get_kind(kind).renumbers for kind in used),
         vllm=found.vllm,
         data=data,
         notes=[*data.get("notes", ()), *planned.notes],
-        commands=commands(found.model, os.fspath(target), calibration, selection),
+        commands=again,
     )
     return _write(work / "README.md", card.text())
 
