@@ -178,7 +178,8 @@ def test_what_is_kept_is_kept_byte_for_byte(model_type: str, kind: str, made: di
     for name, tensor in source.items():
         key = found[1] if (found := re.search(r"layers\.(\d+)\.", name)) else ""
         kept = one.plans[kind].kept(key, zoo.EXPERTS)  # all of them in a dense layer
-        of_all = tensor.shape[0] == zoo.EXPERTS and re.search(r"experts\." if kind == "constant" else r"gate|exp|rou", name)
+        rows = r"experts\." if kind == "constant" else r"experts\.|gate\.|router\."
+        of_all = tensor.shape[0] == zoo.EXPERTS and re.search(rows, name)
         if single := re.search(r"(?<=\.experts\.)\d+(?=\.)", name):
             if (old := int(single[0])) in kept:
                 new = kept.index(old) if kind == "drop" else old

@@ -162,13 +162,15 @@ class StandInLoader(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         install_declared(model)
+        self._model = model  # older versions of transformers do not pass it below
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        return adapt_conversions(weight_conversions, model)
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        return adapt_conversions(weight_conversions, model or self._model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.remove_quantization_config(model)
+        del self._model
         return model
 
     def is_serializable(self) -> bool:
@@ -208,16 +210,23 @@ def adapt_conversions(conversions: list[Any], model: Any) -> list[Any]:
     for conversion in conversions:
         if isinstance(conversion, WeightConverter) and any(type(o) is MergeModulelist for o in conversion.operations):
             operations = [_MergeByOriginalId(o.dim) if type(o) is MergeModulelist else o for o in conversion.operations]
-            conversion = conversion.copy(
-                list(conversion._original_source_patterns),
-                list(conversion._original_target_patterns),
-                operations=operations,
-            )
+            conversion = _with_operations(conversion, operations)
         adapted.append(conversion)
     leaves = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, StandInExperts)}
     for leaf in sorted(leaves):
         adapted.append(WeightConverter(NOVICE_PATTERN, f"{leaf}.constants", [_MergeByOriginalId(0, constants=True)]))
     return adapted
+
+
+def _with_operations(converter: WeightConverter, operations: list[ConversionOps]) -> WeightConverter:
+    """A fresh converter of the same patterns and scope with other operations."""
+    fresh = WeightConverter(
+        list(converter._original_source_patterns), list(converter._original_target_patterns), operations=operations
+    )
+    for name in ("scope_prefix", "base_model_prefix", "force_cpu"):  # not all versions have all of them
+        if hasattr(converter, name):
+            setattr(fresh, name, getattr(converter, name))
+    return fresh
 
 
 def hook() -> None:
