@@ -1,7 +1,7 @@
 # Needs python3 (3.10 or later), pip and make; everything else goes into .venv/, and is made once.
 #   make demo    compress the bundled model by half, and compare it with its original      make lint    ruff and mypy
 #   make test    the tests                                                                 make clean   what was made
-#   make test-all   the tests on every family of models that transformers has (an hour)
+#   make test-all   the tests on every family of models that transformers has; takes longer
 
 PYTHON ?= python3
 # torch is a step of its own: as a mere dependency it comes with gigabytes of GPU packages, also where there is no GPU.

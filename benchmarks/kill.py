@@ -3,7 +3,8 @@
     python benchmarks/kill.py [--model FOLDER] [--data SPEC] [--kills 10] [--seed 0]
 
 Each run is a fresh process; the time from the end of its imports to the end of an undisturbed run is cut into as many
-parts as there are kills, with a random moment in each. Without --model: the demo's, or a random small OLMoE where that is not there.
+parts as there are kills, with a random moment in each. Without --model: the demo's, or a random small OLMoE where that
+is not there.
 """
 
 from __future__ import annotations

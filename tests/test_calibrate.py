@@ -386,6 +386,9 @@ def test_statistics_are_saved_whole_or_not_at_all(
     stats = calibrate(source, tmp_path / "out.st", data=data, **TEXT)
     again = stats.save(tmp_path / "again.st")
     assert again.read_bytes() == (tmp_path / "out.st").read_bytes()
+    (tmp_path / "plain").touch()
+    assert again.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "plain").unlink()
     with pytest.raises(OutputError, match=r"out\.st/x\.st: cannot be written \(File exists\)"):
         stats.save(tmp_path / "out.st" / "x.st")
     (tmp_path / "taken.st").mkdir()

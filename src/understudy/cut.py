@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,11 +12,31 @@ from understudy.checkpoint import Checkpoint
 from understudy.experts import install_constants
 from understudy.layout import ExpertTensors
 from understudy.loading import adapt_conversions
-from understudy.moe import expert_dim
+from understudy.moe import MoELayer, expert_dim
 from understudy.plans import Plan
 from understudy.runtime import quiet_transformers
 from understudy.shards import Piece, rows, whole
 from understudy.skeleton import Skeleton
+from understudy.stats import ExpertStats
+
+
+@dataclass(frozen=True)
+class LayerSource:
+    """What a kind of stand-in is given of one layer; `names` are tensor names for stand-ins, by original id."""
+
+    layer: MoELayer
+    tensors: ExpertTensors
+    checkpoint: Checkpoint
+    stats: ExpertStats | None
+    names: Mapping[int, str]
+
+    def kept(self, replaced: Sequence[int]) -> list[int]:
+        """Original ids of the other experts, ascending."""
+        return [e for e in range(self.layer.num_experts) if e not in set(replaced)]
+
+    def own_tensors(self, replaced: Sequence[int]) -> set[str]:
+        """Tensors that belong to these experts alone."""
+        return {key for expert in replaced for key in self.tensors.by_expert.get(expert, ())}
 
 
 @dataclass(frozen=True)

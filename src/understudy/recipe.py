@@ -20,8 +20,8 @@ class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Calibration(_Settings):
-    """Settings of `calibrate`."""
+class _Reading(_Settings):
+    """What every stage that runs text through a model is told."""
 
     data: tuple[str, ...] = Field((), description=_DATA)
     samples: int = Field(128, gt=0, description="blocks to draw")
@@ -31,8 +31,13 @@ class Calibration(_Settings):
     device: str = Field("auto", description="device to compute on; auto = an accelerator if there is one")
     batch_size: int = Field(4, gt=0, description="blocks that run together")
     activation_memory: str = Field("4GB", description="past this size, activations go to files that are memory-mapped")
-    experts: str = Field("auto", description="transformers' experts implementation; auto = its own default")
     trust_remote_code: bool = Field(False, description="run modelling code that comes with the checkpoint")
+
+
+class Calibration(_Reading):
+    """Settings of `calibrate`."""
+
+    experts: str = Field("auto", description="transformers' experts implementation; auto = its own default")
 
 
 class Selection(_Settings):
@@ -47,22 +52,15 @@ class Selection(_Settings):
     seed: int = Field(0, ge=0, description="seed of random scores")
 
 
-class Evaluation(_Settings):
+class Evaluation(_Reading):
     """Settings of `eval`."""
 
     data: tuple[str, ...] = Field((), description=f"held-out {_DATA}")
     samples: int = Field(64, gt=0, description="blocks to draw")
-    seq_len: int = Field(512, gt=1, description="tokens in a block")
-    seed: int = Field(0, ge=0, description="seed of the draw")
-    dtype: str = Field("auto", description="dtype to compute in; auto = the checkpoint's own")
-    device: str = Field("auto", description="device to compute on; auto = an accelerator if there is one")
-    batch_size: int = Field(4, gt=0, description="blocks that run together")
-    activation_memory: str = Field("4GB", description="past this size, activations go to files that are memory-mapped")
     tasks: tuple[str, ...] = Field((), description="lm-eval tasks, commas between them")
     include_path: str | None = Field(None, description="folder with task files of your own")
     limit: int | None = Field(None, gt=0, description="items of each task, for a quick look")
     num_fewshot: int | None = Field(None, ge=0, description="examples before each task item; the task's own by default")
-    trust_remote_code: bool = Field(False, description="run modelling code that comes with the checkpoint")
 
 
 T = TypeVar("T", bound=_Settings)

@@ -13,8 +13,9 @@ from transformers.utils import logging as transformers_logging
 from understudy.checkpoint import SUPPORTED, Checkpoint
 from understudy.errors import CheckpointError, UnderstudyError
 
-# torch's CPU library compiles a kernel for every number of rows that an expert happens to get, and keeps 1024 of them at
-# about 100 KB each: memory that grows with the depth of the model. It reads these at its first product, so not too late.
+# torch's CPU library compiles a kernel for every number of rows that an expert happens to get, and keeps 1024 of them
+# at about 100 KB each: memory that grows with the depth of the model. It reads these at its first product, so not too
+# late.
 for _cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "32")
 

@@ -129,7 +129,10 @@ class Stats:
         partial = target.with_name(target.name + ".tmp")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            partial.touch()
+            mode = partial.stat().st_mode  # safetensors lets nobody but the owner read what it writes
             save_file(tensors, partial, metadata={"understudy": json.dumps(header, sort_keys=True)})
+            partial.chmod(mode)
             os.replace(partial, target)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):

@@ -22,7 +22,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     if not trust_remote_code and not any(path for pattern in _VOCABULARY for path in folder.glob(pattern)):
-        raise CheckpointError(f"{folder}: has no tokenizer; copy its files (tokenizer.json, ...) from the model's source")
+        raise CheckpointError(f"{folder}: has no tokenizer; copy its files (tokenizer.json, ...) from where it came")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise bare exceptions of their own for damaged files

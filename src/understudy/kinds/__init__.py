@@ -19,10 +19,7 @@ from understudy.registry import discover, lookup
 from understudy.stats import ExpertStats
 
 if TYPE_CHECKING:  # cutting needs torch, planning must not wait for it
-    from understudy.checkpoint import Checkpoint
-    from understudy.cut import LayerCut
-    from understudy.layout import ExpertTensors
-    from understudy.moe import MoELayer
+    from understudy.cut import LayerCut, LayerSource
 
 
 class Kind(ABC):
@@ -64,19 +61,8 @@ class Kind(ABC):
         """Return how many experts of a layer can be replaced at most."""
 
     @abstractmethod
-    def cut(
-        self,
-        layer: MoELayer,
-        tensors: ExpertTensors,
-        checkpoint: Checkpoint,
-        replaced: Sequence[int],
-        stats: ExpertStats | None,
-        names: Mapping[int, str],
-    ) -> LayerCut:
-        """Return what replacing experts of one layer changes in the checkpoint.
-
-        `names` gives the tensors of stand-ins by original id, where the kind stores any.
-        """
+    def cut(self, source: LayerSource, replaced: Sequence[int]) -> LayerCut:
+        """Return what replacing experts of one layer changes in the checkpoint."""
 
     def answer(self, stats: ExpertStats, expert: int) -> np.ndarray | None:
         """Return what a replaced expert answers every token, `[H]` float32; None where it is never asked."""

@@ -16,10 +16,7 @@ from understudy.kinds import Kind
 from understudy.stats import ExpertStats
 
 if TYPE_CHECKING:
-    from understudy.checkpoint import Checkpoint
-    from understudy.cut import LayerCut
-    from understudy.layout import ExpertTensors
-    from understudy.moe import MoELayer
+    from understudy.cut import LayerCut, LayerSource
 
 
 class Constant(Kind):
@@ -42,15 +39,7 @@ class Constant(Kind):
         """Return the mean output of an expert over the tokens routed to it, `[H]` float32 (METHODS: MoNE, novice)."""
         return np.asarray(stats.mean[expert], np.float32)
 
-    def cut(
-        self,
-        layer: MoELayer,
-        tensors: ExpertTensors,
-        checkpoint: Checkpoint,
-        replaced: Sequence[int],
-        stats: ExpertStats | None,
-        names: Mapping[int, str],
-    ) -> LayerCut:
+    def cut(self, source: LayerSource, replaced: Sequence[int]) -> LayerCut:
         """Drop the experts' own tensors and add one vector for each, in the dtype of the experts."""
         import torch
 
@@ -59,19 +48,18 @@ class Constant(Kind):
         from understudy.layout import expert_dtype
         from understudy.shards import Piece
 
-        assert stats is not None
-        kept = [e for e in range(layer.num_experts) if e not in set(replaced)]
-        stored = expert_dtype(checkpoint, tensors)
+        assert source.stats is not None
+        stored = expert_dtype(source.checkpoint, source.tensors)
         dtype = getattr(torch, DTYPES[stored][0])
         added = []
         for expert in sorted(replaced):
-            vector = torch.from_numpy(self.answer(stats, expert)).to(dtype)
-            added.append(Piece(names[expert], stored, tuple(vector.shape), (tensor_bytes(vector),)))
+            vector = torch.from_numpy(self.answer(source.stats, expert)).to(dtype)
+            added.append(Piece(source.names[expert], stored, tuple(vector.shape), (tensor_bytes(vector),)))
         return LayerCut(
-            gone={key for expert in replaced for key in tensors.by_expert.get(expert, ())},
-            changed=without_rows(checkpoint, tensors.stacked, kept),
+            gone=source.own_tensors(replaced),
+            changed=without_rows(source.checkpoint, source.tensors.stacked, source.kept(replaced)),
             added=added,
-            declared={expert: names[expert] for expert in sorted(replaced)},
+            declared={expert: source.names[expert] for expert in sorted(replaced)},
         )
 
     def check(self, layers: Mapping[str, LayerFacts], ids: Mapping[str, Sequence[int]]) -> None:

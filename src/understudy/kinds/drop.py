@@ -13,13 +13,9 @@ from typing import TYPE_CHECKING
 from understudy.errors import PlanError
 from understudy.facts import LayerFacts
 from understudy.kinds import Kind
-from understudy.stats import ExpertStats
 
 if TYPE_CHECKING:
-    from understudy.checkpoint import Checkpoint
-    from understudy.cut import LayerCut
-    from understudy.layout import ExpertTensors
-    from understudy.moe import MoELayer
+    from understudy.cut import LayerCut, LayerSource
 
 
 class Drop(Kind):
@@ -46,24 +42,16 @@ class Drop(Kind):
         """Return how many can go while every token still finds its top-k."""
         return layer.experts - layer.groups * _least_in_group(layer)
 
-    def cut(
-        self,
-        layer: MoELayer,
-        tensors: ExpertTensors,
-        checkpoint: Checkpoint,
-        replaced: Sequence[int],
-        stats: ExpertStats | None,
-        names: Mapping[int, str],
-    ) -> LayerCut:
+    def cut(self, source: LayerSource, replaced: Sequence[int]) -> LayerCut:
         """Drop the experts' own tensors and router rows; kept experts move up, as stock loaders expect."""
         from understudy.cut import LayerCut, renamed, without_rows
 
-        kept = [e for e in range(layer.num_experts) if e not in set(replaced)]
-        changed = without_rows(checkpoint, [*tensors.stacked, *tensors.router], kept)
+        tensors, kept = source.tensors, source.kept(replaced)
+        changed = without_rows(source.checkpoint, [*tensors.stacked, *tensors.router], kept)
         for new, old in enumerate(kept):
             for key in tensors.by_expert.get(old, ()):
-                changed[key] = renamed(checkpoint, tensors, key, old, new)
-        return LayerCut(gone={k for e in replaced for k in tensors.by_expert.get(e, ())}, changed=changed)
+                changed[key] = renamed(source.checkpoint, tensors, key, old, new)
+        return LayerCut(gone=source.own_tensors(replaced), changed=changed)
 
     def check(self, layers: Mapping[str, LayerFacts], ids: Mapping[str, Sequence[int]]) -> None:
         """Refuse too few experts left, and uneven counts in groups or layers."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from understudy._version import __version__
 from understudy.checkpoint import Checkpoint, resolve
-from understudy.cut import LayerCut, novice_names
+from understudy.cut import LayerSource, novice_names
 from understudy.errors import NumericError, OutputError, PlanError, StatsError, UnderstudyError, reason
 from understudy.facts import ModelFacts, parse_bytes
 from understudy.held import held
@@ -84,6 +84,9 @@ def apply(
     facts = model_facts(source, str(model))
     check_plan(decided, facts)
     _check_stats(decided, known, facts)
+    _check_parent(decided, stats)
+    if target.absolute().is_relative_to(folder.absolute()):
+        raise OutputError(f"{target} lies inside the source {folder}, which is only read; choose another --out")
     pieces, config = _cut(source, decided, known)
     written = sum(p.nbytes for p in pieces)
     assert written == expected_bytes(decided, facts)
@@ -158,6 +161,17 @@ def _check_stats(plan: Plan, stats: Stats | None, facts: ModelFacts) -> None:
                     raise NumericError(f"layer {key}: the statistics hold NaN or infinity ({name}); calibrate again")
 
 
+def _check_parent(plan: Plan, stats: Any) -> None:
+    """Refuse statistics other than those that the plan was made from."""
+    if plan.stats is None or not isinstance(stats, (str, os.PathLike)):
+        return
+    if (given := file_hash(stats)) != plan.stats:
+        raise StatsError(
+            f"the plan was made from statistics {plan.stats}, {os.fspath(stats)} is {given}; give those, or remove the "
+            "line `stats:` from the plan to use others"
+        )
+
+
 def _cut(source: Skeleton, plan: Plan, stats: Stats | None) -> tuple[list[Piece], dict[str, Any]]:
     """All tensors to write, in the order of the source, and the new config.json."""
     entries = source.checkpoint.entries
@@ -172,14 +186,9 @@ def _cut(source: Skeleton, plan: Plan, stats: Stats | None) -> tuple[list[Piece]
         for name, replaced in plan.layers.get(layer.key, {}).items():
             kind = get_kind(name)
             tensors = expert_tensors(source, layer)
-            cut: LayerCut = kind.cut(
-                layer,
-                tensors,
-                source.checkpoint,
-                replaced,
-                stats.layers[layer.key] if stats else None,
-                names.get(layer.key, {}),
-            )
+            known = stats.layers[layer.key] if stats else None
+            given = LayerSource(layer, tensors, source.checkpoint, known, names.get(layer.key, {}))
+            cut = kind.cut(given, replaced)
             gone |= cut.gone
             changed |= cut.changed
             added.setdefault(max(tensors.all_experts), []).extend(cut.added)
@@ -245,6 +254,3 @@ def _write_artefacts(
     (folder / "provenance.json").write_text(json.dumps(note, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name, path in more.items():
         shutil.copyfile(path, folder / name)
-
-
-__all__ = ["Applied", "UnderstudyError", "apply"]
