@@ -49,11 +49,19 @@ def test_contract(model_type: str, tmp_path: Path) -> None:
         run_contract(model_type, tmp_path)
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_streaming_in_bfloat16(model_type: str, tmp_path: Path) -> None:
+    """With what each family keeps in float32 all the same."""
+    if model_type not in REFUSED:
+        folder = tiny_folder(model_type, tmp_path / "model", torch.bfloat16)
+        check_streaming(folder, load(folder, model_type, dtype="auto"), ids_of())
+
+
 def run_contract(model_type: str, tmp_path: Path) -> None:
     """Find, stream, calibrate, cut, write, load, compare, generate and save again."""
     folder, ids = tiny_folder(model_type, tmp_path / "model"), ids_of()
     whole = load(folder, model_type)
-    check_streaming(folder, whole, ids, tmp_path)
+    check_streaming(folder, whole, ids)
     stats = check_statistics(folder, whole, ids, tmp_path)
     plan = uneven_plan(stats)
     out = tmp_path / "out"
@@ -73,7 +81,7 @@ def run_contract(model_type: str, tmp_path: Path) -> None:
         zoo.model_class(model_type).from_pretrained(out)
 
 
-def check_streaming(folder: Path, whole: object, ids: torch.Tensor, tmp_path: Path) -> None:
+def check_streaming(folder: Path, whole: object, ids: torch.Tensor) -> None:
     """Logits of a layer-by-layer walk are those of the whole model, bit for bit."""
     skeleton = Skeleton(folder)
     walk = Walk(skeleton, ids.numpy(), batch_size=2, store=ActivationStore(1 << 30))
