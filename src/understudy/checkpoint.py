@@ -10,11 +10,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from understudy.errors import CheckpointError
 
@@ -230,23 +230,32 @@ class Checkpoint:
         Thirty-two bytes of either end, and of every expert in a stack, tell a fine-tuned sibling from its parent
         without reading the whole folder.
         """
-        digest = hashlib.sha256()
-        for file in sorted({e.file for e in self.entries.values()}):
-            self.raw(TensorEntry("", file, "U8", (), 0, 0))  # an unreadable shard is reported by name
         parts: dict[str, bytes] = {}
-        for entry in self._by_file():
-            size = min(entry.nbytes, _SAMPLE)
-            rows = entry.shape[0] if len(entry.shape) > 2 and entry.nbytes else 1
-            starts = [*range(0, entry.nbytes or 1, entry.nbytes // rows or 1), entry.nbytes - size]
-            parts[entry.name] = b"".join(bytes(self.raw(entry, a, min(size, entry.nbytes - a))) for a in starts)
+        by_file: dict[str, list[TensorEntry]] = defaultdict(list)
+        for entry in self.entries.values():
+            by_file[entry.file].append(entry)
+        for file, entries in by_file.items():
+            try:
+                with (self.folder / file).open("rb") as f:
+                    parts.update({entry.name: _sample(f, entry) for entry in entries})
+            except OSError as error:
+                raise CheckpointError(f"{self.folder / file}: cannot be read ({error.strerror})") from None
+        digest = hashlib.sha256()
         for name in sorted(self.entries):
             entry = self.entries[name]
             digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\0".encode())
             digest.update(parts[name])
         return digest.hexdigest()[:32]
 
-    def _by_file(self) -> Iterator[TensorEntry]:
-        yield from sorted(self.entries.values(), key=lambda e: (e.file, e.start))
+
+def _sample(file: BinaryIO, entry: TensorEntry) -> bytes:
+    size = min(entry.nbytes, _SAMPLE)
+    rows = entry.shape[0] if len(entry.shape) > 2 and entry.nbytes else 1
+    found = b""
+    for start in [*range(0, entry.nbytes or 1, entry.nbytes // rows or 1), entry.nbytes - size]:
+        file.seek(entry.start + start)
+        found += file.read(min(size, entry.nbytes - start))
+    return found
 
 
 class LazyTensor:
