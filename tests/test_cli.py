@@ -146,6 +146,10 @@ def test_check(place: Path) -> None:
         assert not data["unchecked"]
         assert data["expected_bytes"] > 0
     assert "sound" in table("check", place / "plan.yaml")
+    (place / "second.yaml").write_text((place / "plan.yaml").read_text())
+    both = [place / "plan.yaml", place / "second.yaml"]
+    assert answer("check", *both)["plans"][str(both[1])] == answer("check", both[1])
+    assert table("show", *both).count("method") == 2
     refused("check", place / "plan.yaml", "--stats", "a", "--model", "b", says="give one of --stats and --model")
 
 

@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a local folder or a hub id", show_default=False)]
+PlanFiles = Annotated[list[Path], typer.Argument(metavar="PLAN...", help="a plan, or several", show_default=False)]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="a plan", show_default=False)]
 StatsFile = Annotated[Path, typer.Argument(metavar="STATS", help="statistics of `calibrate`", show_default=False)]
 Out = Annotated[Path, typer.Option("--out", help="what to write; must not exist", show_default=False)]
@@ -82,7 +83,8 @@ def command(name: str, view: str) -> Callable[[Callable[..., dict[str, Any] | No
 def _view(name: str, data: dict[str, Any]) -> Any:
     from understudy.cli import tables
 
-    return getattr(tables, name)(data)
+    view = getattr(tables, name)
+    return tables.several(data["plans"], view) if "plans" in data else view(data)
 
 
 def _print_version(wanted: bool) -> None:
@@ -149,21 +151,22 @@ def plan(screen: Screen, stats: StatsFile, out: Out, settings: Selection) -> dic
 
 
 @command("show", view="show")
-def show(screen: Screen, plan: PlanFile) -> dict[str, Any]:
+def show(screen: Screen, plans: PlanFiles) -> dict[str, Any]:
     """Show which experts of which layer a plan replaces."""
-    return understudy.show(plan)
+    return _each(plans, understudy.show)
 
 
 @command("check", view="check")
 def check(
     screen: Screen,
-    plan: PlanFile,
+    plans: PlanFiles,
     stats: Annotated[Path | None, typer.Option("--stats", help="check against the model of these statistics")] = None,
     model: Annotated[str | None, typer.Option("--model", help="check against this model")] = None,
     trust_remote_code: TrustRemoteCode = _trust.default,
 ) -> dict[str, Any]:
     """Check a plan after editing; with statistics or a model, against that model as well."""
-    return understudy.check(plan, _facts(stats, model, trust_remote_code))
+    facts = _facts(stats, model, trust_remote_code)
+    return _each(plans, lambda plan: understudy.check(plan, facts))
 
 
 @command("diff", view="diff")
@@ -231,6 +234,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model on held-out text and tasks, alone or against its original."""
     return understudy.eval(model, against=against, settings=settings, progress=screen.step).to_dict()
+
+
+def _each(plans: list[Path], look: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """What is said of one plan, or of several under their names."""
+    if len(plans) == 1:
+        return look(plans[0])
+    return {"plans": {str(plan): look(plan) for plan in plans}}
 
 
 def _facts(stats: Path | None, model: str | None, trust_remote_code: bool) -> ModelFacts | None:

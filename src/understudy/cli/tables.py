@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from understudy.facts import format_bytes
 
@@ -92,6 +93,11 @@ def check(data: Data) -> RenderableType:
     if data["unchecked"]:
         rows.append(("not checked", f"{', '.join(data['unchecked'])}; give --stats or --model"))
     return _pairs(rows)
+
+
+def several(plans: dict[str, Data], view: Callable[[Data], RenderableType]) -> RenderableType:
+    """Show what is said of several plans, one after the other."""
+    return Group(*(part for name, data in plans.items() for part in (Text(name, style="bold"), view(data))))
 
 
 def diff(data: Data) -> RenderableType:
