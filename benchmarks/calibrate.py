@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from models import olmoe_config, write_random
 from torch import nn
 
+from models import olmoe_config, write_random
 from understudy.activations import ActivationStore
 from understudy.data import Blocks
 from understudy.layout import model_facts

@@ -1,4 +1,4 @@
-"""Peak memory of `calibrate` and `apply` on a checkpoint larger than they may hold, and the speed of `apply` against cp.
+"""Peak memory of `calibrate` and `apply` on a checkpoint larger than they may hold; the speed of `apply` against cp.
 
     python benchmarks/memory.py [--layers 22 --hidden 1024 --width 512] [--work FOLDER]
 
@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from models import olmoe_config, write_random
 
 import understudy  # noqa: F401
+from models import olmoe_config, write_random
 from understudy.checkpoint import Checkpoint
 
 MIB = 2**20

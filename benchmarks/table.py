@@ -2,8 +2,8 @@
 
     python benchmarks/table.py --model MODEL --train TRAIN_FOLDER --test TEST_FOLDER [--tasks TASK_FOLDER] --out FOLDER
 
-TRAIN_FOLDER and TEST_FOLDER hold one text file for each domain. Calibrates once for each seed, cuts every method at every
-ratio from the same statistics, evaluates each against the original on held-out text, and writes results.json and
+TRAIN_FOLDER and TEST_FOLDER hold one text file for each domain. Calibrates once for each seed, cuts every method at
+every ratio from the same statistics, evaluates each against the original on held-out text, and writes results.json and
 results.md. Goes on where an interrupted run stopped. TASK_FOLDER holds multiple-choice items (context, choices, gold).
 """
 
@@ -132,7 +132,8 @@ def table(rows: list[dict[str, Any]], original: dict[str, Any]) -> str:
     heads = ["method", "replaced", "MB", "KL", "top-1", "ppl all", *[f"ppl {d}" for d in domains], "accuracy"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "-|" * len(heads)]
     plain = [f"{original['perplexity'][d]:.1f}" for d in ["all", *domains]]
-    lines.append(f"| original | | {original['bytes'] / 1e6:.1f} | | | " + " | ".join(plain) + f" | {mean_acc(original)} |")
+    size = f"{original['bytes'] / 1e6:.1f}"
+    lines.append(f"| original | | {size} | | | " + " | ".join(plain) + f" | {mean_acc(original)} |")
     for ratio, label in sorted({(r["ratio"], r["method"]) for r in rows}, key=order):
         mine = [r["metrics"] for r in rows if (r["ratio"], r["method"]) == (ratio, label)]
         cells = [spread([m["kl"] for m in mine], 3), spread([m["top1_agreement"] for m in mine], 3)]

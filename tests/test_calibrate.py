@@ -183,8 +183,11 @@ def test_other_settings_start_anew_and_tidy_up(source: Path, data: str, tmp_path
 
 def test_one_run_for_one_output(source: Path, data: str, tmp_path: Path) -> None:
     target = tmp_path / "out.st"
-    with held(target), pytest.raises(OutputError, match=r"out\.st: another run is writing it"):
-        calibrate(source, target, data=data, **TEXT)
+    with held(target) as work:
+        for _ in range(2):
+            with pytest.raises(OutputError, match=r"out\.st: another run is writing it"):
+                calibrate(source, target, data=data, **TEXT)
+            assert work.is_dir()
     calibrate(source, target, data=data, **TEXT)
     assert not small.beside(target)
 
@@ -258,7 +261,7 @@ def test_variance_of_nearly_constant_experts_with_a_huge_mean() -> None:
 def test_one_vector_for_every_token_has_no_variance() -> None:
     y = torch.full((50, 8), 12345.678)
     stats = batch_stats(y, torch.rand(50, generator=torch.Generator().manual_seed(0)), torch.zeros(50).long(), 2, 50)
-    assert stats.scatter.tolist() == [0, 0]
+    assert np.abs(stats.scatter).max() < 1e-6
     assert np.abs(stats.weighted_scatter).max() < 1e-6
     np.testing.assert_allclose(stats.mean[0], y[0].double().numpy(), rtol=1e-12)
 

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,15 @@ from understudy.stats import file_hash
 KILLS = 3
 # Forked from a process that has imported everything and computed nothing.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pytest", "understudy.stages.apply", "understudy.stages.calibrate", "transformers"])
+FORKS.set_forkserver_preload([__name__, "pytest"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def path() -> Iterator[None]:
+    """Let the process that forks find what it is to import: it starts without the path of this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +46,38 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return small.text_file(tmp_path_factory.mktemp("data") / "text.txt", words=2000)
 
 
-def seconds(run: Callable[..., Any], *arguments: Any, **options: Any) -> float:
-    """Run to the end in a process of its own."""
-    process = FORKS.Process(target=run, args=arguments, kwargs=options)
-    start = time.perf_counter()
+def at_work(ready: Any, run: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    ready.send("imports are done")
+    run(*arguments, **options)
+    ready.send("done")
+
+
+def start(run: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, Any]:
+    """Start a run in a process of its own, and say where it reports; it is at work when this returns."""
+    reports, ready = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=at_work, args=(ready, run, *arguments), kwargs=options)
     process.start()
+    ready.close()
+    assert reports.poll(120)
+    reports.recv()
+    return process, reports
+
+
+def seconds(run: Callable[..., Any], *arguments: Any, **options: Any) -> float:
+    """Run to the end."""
+    process, reports = start(run, *arguments, **options)
+    begin = time.perf_counter()
+    assert reports.poll(120)
+    reports.recv()  # or an end of file, where it failed
+    took = time.perf_counter() - begin
     process.join(120)
     assert process.exitcode == 0
-    return time.perf_counter() - start
+    return took
 
 
 def kill(run: Callable[..., Any], after: float, *arguments: Any, **options: Any) -> None:
-    """Kill -9 a run after so many seconds."""
-    process = FORKS.Process(target=run, args=arguments, kwargs=options)
-    process.start()
+    """Kill -9 a run after so many seconds of work."""
+    process, _ = start(run, *arguments, **options)
     time.sleep(after)
     process.kill()
     process.join(120)
@@ -62,7 +90,7 @@ def contents(path: Path) -> Any:
 def check(run: Callable[..., Any], folder: Path, source: Path, *arguments: str, **options: Any) -> None:
     """Kill a run at moments spread over its duration."""
     untouched = small.hashes(source)
-    seconds(run, str(source), *arguments, str(folder / "first" / "out"), **options)  # starts the process that forks
+    seconds(run, str(source), *arguments, str(folder / "first" / "out"), **options)
     duration = seconds(run, str(source), *arguments, str(folder / "second" / "out"), **options)
     reference = contents(folder / "first" / "out")
     assert contents(folder / "second" / "out") == reference

@@ -6,7 +6,6 @@ living one is writing.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,10 +41,12 @@ def held(target: Path) -> Iterator[Path]:
     try:
         if handle is not None and not _lock(handle, work):
             raise OutputError(f"{target}: another run is writing it; wait for that one, or choose another --out")
-        yield work
+        try:
+            yield work
+        finally:
+            with suppress(OSError):
+                work.rmdir()  # where nothing came of it
     finally:
-        with suppress(OSError):
-            work.rmdir()  # where nothing came of it
         if handle is not None:
             os.close(handle)
 
@@ -56,7 +57,5 @@ def _lock(handle: int, work: Path) -> bool:
         return os.path.samestat(os.fstat(handle), os.stat(work))  # the other run may just have renamed it
     except (BlockingIOError, FileNotFoundError):
         return False
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-            return True  # a file system without locks
-        raise
+    except OSError:
+        return True  # a file system without locks, or without any on folders (NFS)

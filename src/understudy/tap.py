@@ -96,9 +96,10 @@ def batch_stats(
     """
     counts = torch.bincount(ids_N, minlength=num_experts).tolist()
     H, device = output_NH.shape[1], output_NH.device
-    means = torch.zeros(2, num_experts, H, dtype=torch.float64, device=device)
+    near_EH = torch.zeros(num_experts, H, device=device)
+    rest_2EH = torch.zeros(2, num_experts, H, device=device)  # sums of what is left of outputs, plain and by gate^2
     # gate sum, squared gate sum, norm sum, gated norm sum, scatter, weighted scatter
-    sums = torch.zeros(num_experts, 6, dtype=torch.float64, device=device)
+    sums_E6 = torch.zeros(num_experts, 6, dtype=torch.float64, device=device)
     start = 0
     for expert, count in enumerate(counts):
         if not count:
@@ -108,37 +109,36 @@ def batch_stats(
         start += count
         g2 = g * g
         norm = torch.linalg.vector_norm(y, dim=1)
-        weighted = g2.sum(dtype=torch.float64)
-        # Moments are taken about a rounded mean, and its rest put right: outputs may be far larger than their spread.
-        near = y.mean(0)
-        y = y - near
-        rest, weighted_rest = (torch.stack((torch.ones_like(g2), g2)) @ y).double()
-        rest /= count
-        weighted_rest /= weighted.clamp(min=torch.finfo(torch.float64).tiny)
-        means[0, expert], means[1, expert] = near + rest, near + weighted_rest
+        # Moments are taken about a vector near the mean, then put right: outputs may be far larger than their spread.
+        near_EH[expert] = y[:16].mean(0)
+        y = y - near_EH[expert]
+        rest_2EH[:, expert] = torch.stack((torch.ones_like(g2), g2)) @ y
         deviation = torch.linalg.vector_norm(y, dim=1).double().square()
         terms = (
             g.sum(dtype=torch.float64),
-            weighted,
+            g2.sum(dtype=torch.float64),
             norm.sum(dtype=torch.float64),
             torch.dot(g, norm).double(),
-            (deviation.sum() - count * rest.square().sum()).clamp(min=0),
-            (torch.dot(g2.double(), deviation) - weighted * weighted_rest.square().sum()).clamp(min=0),
+            deviation.sum(),
+            torch.dot(g2.double(), deviation),
         )
-        torch.stack(terms, out=sums[expert])
-    columns = sums.cpu().numpy().T
-    mean_EH, weighted_mean_EH = means.cpu().numpy()
+        torch.stack(terms, out=sums_E6[expert])
+    gate_sum, gate_sq_sum, norm_sum, gated_norm_sum, *second_2E = sums_E6.cpu().numpy().T
+    weights_2E = np.stack((np.asarray(counts, np.float64), gate_sq_sum))
+    rest = rest_2EH.cpu().numpy().astype(np.float64) / np.maximum(weights_2E, np.finfo(np.float64).tiny)[..., None]
+    mean, weighted_mean = near_EH.cpu().numpy() + rest
+    scatter, weighted_scatter = np.maximum(second_2E - weights_2E * (rest**2).sum(-1), 0)
     return ExpertStats(
         tokens=np.float64(tokens),
-        count=np.asarray(counts, np.float64),
-        gate_sum=columns[0],
-        gate_sq_sum=columns[1],
-        norm_sum=columns[2],
-        gated_norm_sum=columns[3],
-        mean=mean_EH,
-        scatter=columns[4],
-        weighted_mean=weighted_mean_EH,
-        weighted_scatter=columns[5],
+        count=weights_2E[0],
+        gate_sum=gate_sum,
+        gate_sq_sum=gate_sq_sum,
+        norm_sum=norm_sum,
+        gated_norm_sum=gated_norm_sum,
+        mean=mean,
+        scatter=scatter,
+        weighted_mean=weighted_mean,
+        weighted_scatter=weighted_scatter,
     )
 
 
