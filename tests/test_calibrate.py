@@ -26,6 +26,7 @@ from understudy.held import held
 from understudy.layout import model_facts
 from understudy.recipe import Calibration
 from understudy.skeleton import Skeleton
+from understudy.stages import calibrate as stage
 from understudy.stages.apply import apply
 from understudy.stages.calibrate import calibrate, collect
 from understudy.stats import ExpertStats, Stats, load_stats
@@ -142,6 +143,24 @@ def test_a_resumed_run_gives_the_same_bits(source: Path, data: str, tmp_path: Pa
     assert small.beside(tmp_path / "out.st") == {".out.st.partial", "whole.st"}
     calibrate(source, tmp_path / "out.st", data=data, **TEXT, progress=lambda done, total: seen.append(done))
     assert seen == [2, 3, 4]
+    assert (tmp_path / "out.st").read_bytes() == (tmp_path / "whole.st").read_bytes()
+    assert small.beside(tmp_path / "out.st") == {"whole.st"}
+
+
+def test_killed_while_it_tidies_up(
+    source: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    calibrate(source, tmp_path / "whole.st", data=data, **TEXT)
+    seen: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(source, tmp_path / "out.st", data=data, **TEXT)
+    calibrate(source, tmp_path / "out.st", data=data, **TEXT, progress=lambda done, total: seen.append(done))
+    assert not seen, "it was all there"
     assert (tmp_path / "out.st").read_bytes() == (tmp_path / "whole.st").read_bytes()
     assert small.beside(tmp_path / "out.st") == {"whole.st"}
 

@@ -72,19 +72,7 @@ def calibrate(
     )
     if skeleton.has_stand_ins:
         raise StatsError(f"{folder} holds stand-ins already; calibrate the original model")
-    limit = longest_sequence(skeleton.config)
-    if chosen.seq_len > limit:
-        raise DataError(f"--seq-len {chosen.seq_len} is more than the {limit} positions of {folder}")
-    blocks = token_blocks(
-        chosen.data,
-        load_tokenizer(folder, chosen.trust_remote_code),
-        seq_len=chosen.seq_len,
-        samples=chosen.samples,
-        seed=chosen.seed,
-    )
-    if blocks.ids.max() >= (vocabulary := skeleton.model.get_input_embeddings().weight.shape[0]):
-        raise DataError(f"{folder}: its tokenizer gives ids past its vocabulary of {vocabulary}")
-    facts = model_facts(skeleton, str(model))
+    blocks, facts = _blocks(skeleton, folder, chosen), model_facts(skeleton, str(model))
     with held(target) if processes.rank == 0 else nullcontext():
         work = work_folder(target) / _run_key(skeleton, blocks, chosen, processes)
         finished = work / "stats.safetensors"
@@ -108,6 +96,23 @@ def calibrate(
     if processes.rank == 0:
         _report_unseen(stats)
     return stats
+
+
+def _blocks(skeleton: Skeleton, folder: Path, settings: Calibration) -> Blocks:
+    """Tokenise and draw the text, as far as the model can take it."""
+    limit = longest_sequence(skeleton.config)
+    if settings.seq_len > limit:
+        raise DataError(f"--seq-len {settings.seq_len} is more than the {limit} positions of {folder}")
+    blocks = token_blocks(
+        settings.data,
+        load_tokenizer(folder, settings.trust_remote_code),
+        seq_len=settings.seq_len,
+        samples=settings.samples,
+        seed=settings.seed,
+    )
+    if blocks.ids.max() >= (vocabulary := skeleton.model.get_input_embeddings().weight.shape[0]):
+        raise DataError(f"{folder}: its tokenizer gives ids past its vocabulary of {vocabulary}")
+    return blocks
 
 
 def collect(
