@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import understudy  # noqa: F401
 from models import olmoe_config, write_random
 from understudy.checkpoint import Checkpoint
 
