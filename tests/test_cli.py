@@ -352,7 +352,7 @@ def test_errors_become_one_line(tmp_path: Path) -> None:
     assert explain(MemoryError())[0].startswith("out of memory")
     assert explain(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"))[1] == 2
     assert explain(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))[1] == 2
-    assert explain(PermissionError(errno.EACCES, "Permission denied", "/root/x")) == ("/root/x: Permission denied", 2)
+    assert explain(PermissionError(errno.EACCES, "Permission denied", "/a/x")) == ("/a/x: Permission denied", 2)
     assert explain(KeyboardInterrupt()) == ("interrupted", 130)
     text, code = explain(ZeroDivisionError("division\nby zero"))
     assert code == 1

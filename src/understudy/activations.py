@@ -44,8 +44,10 @@ class ActivationStore:
         wait: Callable[[], None] = lambda: None,
     ) -> None:
         self.limit, self.device, self.persistent, self.wait = limit, torch.device(device), folder is not None, wait
-        self._own = None if folder else tempfile.TemporaryDirectory(prefix="understudy-")
-        self.folder = folder or Path(self._own.name)  # type: ignore[union-attr]
+        if folder is None:
+            self._own = tempfile.TemporaryDirectory(prefix="understudy-")  # goes with the store
+            folder = Path(self._own.name)
+        self.folder = folder
         self._read: dict[int, Any] = {}
         self._written: dict[int, Any] = {}
         self._held = 0
@@ -117,12 +119,6 @@ class ActivationStore:
 
     def _layer(self, layer: int) -> Path:
         return self.folder / f"layer-{layer}"
-
-    def forget(self) -> None:
-        """Drop whatever an earlier store left in the folder."""
-        for path in [*self.folder.glob("layer-*"), self._next()]:
-            shutil.rmtree(path, ignore_errors=True)
-        self._read, self._last = {}, None
 
     def _next(self) -> Path:
         return self.folder / "next"

@@ -36,7 +36,6 @@ DTYPES = {
     "F8_E8M0": ("float8_e8m0fnu", 1),
 }
 SUPPORTED = "float32, bfloat16 or float16"  # of weights, for people
-DTYPE_NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 _SAMPLE = 32  # bytes at each place of a tensor that enters the fingerprint
 
 
