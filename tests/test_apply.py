@@ -212,9 +212,7 @@ def test_bfloat16_constants_are_of_the_dtype_of_the_experts(model_type: str, tmp
 
 
 @pytest.mark.parametrize("model_type", ["olmoe", "gpt_oss"])
-def test_replacing_nothing_changes_nothing(
-    model_type: str, made: dict[str, SimpleNamespace], tmp_path: Path
-) -> None:
+def test_replacing_nothing_changes_nothing(model_type: str, made: dict[str, SimpleNamespace], tmp_path: Path) -> None:
     one = made[model_type]
     applied = apply(one.source, plan_of(one.stats, {}), tmp_path / "out")
     assert applied.nbytes == applied.source_nbytes
@@ -580,9 +578,7 @@ def test_a_disk_too_small_for_the_rest(olmoe: SimpleNamespace, disk: Callable[[i
         apply(source, olmoe.plans["constant"], out, stats=olmoe.stats)
 
 
-def test_a_disk_too_small_for_activations(
-    olmoe: SimpleNamespace, disk: Callable[[int], Path], tmp_path: Path
-) -> None:
+def test_a_disk_too_small_for_activations(olmoe: SimpleNamespace, disk: Callable[[int], Path], tmp_path: Path) -> None:
     from understudy.stages.calibrate import calibrate
 
     data = small.text_file(tmp_path / "text.txt", words=2000)

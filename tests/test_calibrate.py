@@ -147,9 +147,7 @@ def test_a_resumed_run_gives_the_same_bits(source: Path, data: str, tmp_path: Pa
     assert small.beside(tmp_path / "out.st") == {"whole.st"}
 
 
-def test_killed_while_it_tidies_up(
-    source: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_while_it_tidies_up(source: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
@@ -193,9 +191,7 @@ def test_other_settings_start_anew_and_tidy_up(source: Path, data: str, tmp_path
             calibrate(source, tmp_path / "out.st", data=data, **TEXT, seed=seed, progress=interrupt)
         assert len(list((tmp_path / ".out.st.partial").iterdir())) == 1
     seen: list[int] = []
-    calibrate(
-        source, tmp_path / "out.st", data=data, **TEXT, seed=9, progress=lambda done, total: seen.append(done)
-    )
+    calibrate(source, tmp_path / "out.st", data=data, **TEXT, seed=9, progress=lambda done, total: seen.append(done))
     assert seen[0] == 0
     assert not small.beside(tmp_path / "out.st")
 
@@ -393,9 +389,7 @@ def test_a_folder_with_stand_ins(source: Path, data: str, tmp_path: Path) -> Non
         ({"experts": "nothing"}, "--experts nothing"),
     ],
 )
-def test_settings_out_of_range(
-    options: dict[str, Any], message: str, source: Path, data: str, tmp_path: Path
-) -> None:
+def test_settings_out_of_range(options: dict[str, Any], message: str, source: Path, data: str, tmp_path: Path) -> None:
     with pytest.raises(UnderstudyError, match=message) as caught:
         calibrate(source, tmp_path / "out.st", **(TEXT | {"data": data} | options))
     assert "\n" not in str(caught.value)

@@ -360,9 +360,7 @@ def test_errors_become_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:more chatter")
-def test_what_was_not_foreseen_shows_no_traceback(
-    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_was_not_foreseen_shows_no_traceback(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         print("chatter")
         warnings.warn("more chatter", stacklevel=1)

@@ -248,8 +248,9 @@ def test_several_processes_share_the_text(model: Path, data: Path, tmp_path: Pat
     assert json.loads(outputs[0][0])["replaced"] == 12
     assert outputs[1] == ("", "")
     compress(model, tmp_path / "whole", data=data, **SETTINGS)
-    assert files(tmp_path / "out")["understudy/plan.yaml"].splitlines()[-3:] == (
-        files(tmp_path / "whole")["understudy/plan.yaml"].splitlines()[-3:]
+    assert (
+        files(tmp_path / "out")["understudy/plan.yaml"].splitlines()[-3:]
+        == (files(tmp_path / "whole")["understudy/plan.yaml"].splitlines()[-3:])
     )
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
 

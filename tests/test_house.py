@@ -15,12 +15,13 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Imports go down, or stay on their floor.
 FLOORS = [
     # ground: plain data and errors
-    "_version errors facts metrics plans recipe registry stats held",
+    "_version entries errors facts metrics plans recipe registry standins stats sums held",
     # the model: find, observe, stream, read and write
-    "moe experts loading skeleton stacking layout walk activations tap checkpoint shards cut data sources tokens "
+    "moe experts channels collectors backward virtual loading skeleton "
+    "stacking layout walk activations tap checkpoint shards cut data sources tokens "
     "processes runtime quality harness sizes card",
     # what is known from the field, a file each
-    "methods scores kinds verify",
+    "methods scores kinds merging selection verify search",
     # what the commands do; they meet in files
     "stages",
     # roof: parse, call a stage, show

@@ -143,15 +143,19 @@ class TestEveryKind:
 
     @pytest.mark.parametrize("layer", [layer_facts(), layer_facts(64, 8), layer_facts(16, 4, **G)])
     def test_frees_more_than_it_stores(self, kind: Kind, layer: LayerFacts) -> None:
-        assert kind.stored_bytes(layer, 0) == kind.freed_bytes(layer, 0) == kind.added_bytes(layer, 0) == 0
-        counts = range(1, kind.most(layer) + 1)
-        assert all(isinstance(kind.added_bytes(layer, n), int) for n in counts)
-        assert all(kind.stored_bytes(layer, n) >= 0 for n in counts)
-        assert all(kind.freed_bytes(layer, n) >= n * layer.expert_bytes for n in counts)
-        assert kind.added_bytes(layer, counts[-1]) < 0
+        if not kind.losers:
+            pytest.skip("asks for more than a list of ids")
+        assert kind.stored_bytes(layer, ()) == kind.freed_bytes(layer, ()) == kind.added_bytes(layer, ()) == 0
+        entries = [tuple(range(n)) for n in range(1, kind.most(layer) + 1)]
+        assert all(isinstance(kind.added_bytes(layer, entry), int) for entry in entries)
+        assert all(kind.stored_bytes(layer, entry) >= 0 for entry in entries)
+        assert all(kind.freed_bytes(layer, entry) >= len(entry) * layer.expert_bytes for entry in entries)
+        assert kind.added_bytes(layer, entries[-1]) < 0
 
     @pytest.mark.parametrize("layer", [layer_facts(), layer_facts(64, 8), layer_facts(16, 4, **G)])
     def test_allows_what_it_calls_the_most_and_no_more(self, kind: Kind, layer: LayerFacts) -> None:
+        if not kind.losers:
+            pytest.skip("asks for more than a list of ids")
         facts = model_facts({"0": layer, "1": layer})
         order = sorted(range(layer.experts), key=lambda i: (i % (layer.experts // layer.groups), i))
         most, step = kind.most(layer), layer.groups if kind.renumbers else 1

@@ -122,6 +122,7 @@ def test_the_plan_names_its_parents(tmp_path: Path) -> None:
     assert plan.model.fingerprint == stats.model.fingerprint
     assert plan.stats == file_hash(path)
     recipe = {"ratio": 0.25, "scope": "layer", "kind": "constant", "gate": "all-tokens", "seed": 0}
+    recipe |= {"keep_super": False, "width_classes": 0}
     assert plan.recipe == recipe
     assert result.facts == stats.model
     assert make_plan(stats, Selection(ratio=0.25)).plan == plan.model_copy(update={"stats": None})

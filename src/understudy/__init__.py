@@ -72,5 +72,14 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "__version__", "apply", "calibrate", "check", "compress", "diff", "eval", "inspect", "plan", "show",
+    "__version__",
+    "apply",
+    "calibrate",
+    "check",
+    "compress",
+    "diff",
+    "eval",
+    "inspect",
+    "plan",
+    "show",
 ]

@@ -9,6 +9,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from understudy.checkpoint import Checkpoint
+from understudy.entries import ids_of
 from understudy.experts import install_constants
 from understudy.layout import ExpertTensors
 from understudy.loading import adapt_conversions
@@ -81,7 +82,7 @@ def novice_names(source: Skeleton, plan: Plan) -> dict[str, dict[int, str]]:
     They are what transformers itself would call them on saving the compressed model, so that saving it again gives the
     same names; they lie outside `experts`, where engines that do not know stand-ins refuse them.
     """
-    wanted = {layer.key: sorted(plan.layers.get(layer.key, {}).get("constant", ())) for layer in source.layers}
+    wanted = {layer.key: list(ids_of(plan.layers.get(layer.key, {}).get("constant", ()))) for layer in source.layers}
     if not any(wanted.values()):
         return {}
     model = source.build()

@@ -28,6 +28,8 @@ class LayerFacts(BaseModel):
     top_groups: int | None = None  # how many of its groups a token may use
     expert_params: int
     expert_bytes: int
+    width: int | None = None  # of an expert, None where its weights do not tell
+    channel_bytes: int = 0  # of one neuron of an expert: its rows of gate and up, its column of down, its biases
     router_row_bytes: int = 0  # everything outside the experts that goes with one removed expert
     removable: str | None = None  # why experts cannot be removed with their router rows, None where they can
     element_bytes: int  # of one element of a stand-in, which is stored in the experts' own dtype

@@ -2,9 +2,13 @@
 
     layers:
       3: {constant: [3, 17, 44]}
+      4: {merge: [[3, 17], [5, 9, 12]]}
+      5: {slim: {3: 512, 17: 0}}
+      6: {layer_drop: all}
 
-Each layer holds kinds and each kind the original ids of the experts that become it. An expert that is not named is
-kept; a layer without an entry stays as it is. What a kind demands of a plan is checked in `understudy.kinds`.
+Each layer holds kinds and each kind the original ids of the experts that become it: a list, or groups of experts that
+share something, or ids with a number each. An expert that is not named is kept; a layer without an entry stays as it
+is. `how` holds settings of kinds. What a kind demands of a plan is checked in `understudy.kinds`.
 """
 
 from __future__ import annotations
@@ -18,8 +22,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    StrictInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from understudy.entries import Entry, ids_of, read_entries
 from understudy.errors import OutputError, PlanError
 from understudy.facts import ModelFacts, layer_order
 from understudy.registry import suggest
@@ -75,7 +88,8 @@ class Plan(BaseModel):
     model: PlanModel
     stats: str | None = None  # hash of the statistics file
     recipe: dict[str, bool | int | float | str | None] = {}  # settings of the selection, a record only
-    layers: dict[str, dict[str, tuple[int, ...]]] = {}  # layer key -> kind -> ids
+    how: dict[str, dict[str, bool | int | float | str]] = {}  # kind -> its settings
+    layers: dict[str, dict[str, Entry]] = {}  # layer key -> kind -> experts
 
     def __init__(self, **data: Any) -> None:
         try:
@@ -85,14 +99,16 @@ class Plan(BaseModel):
 
     @field_validator("layers", mode="before")
     @classmethod
-    def _canonical(cls, value: Any) -> dict[str, dict[str, tuple[int, ...]]]:
+    def _canonical(cls, value: Any, info: ValidationInfo) -> dict[str, dict[str, Entry]]:
         value = {} if value is None else value
         if not isinstance(value, Mapping):
             raise PlanError("layers: must hold an entry for each layer, like 3: {constant: [3, 17]}")
         layers = {_layer_key(key): entry for key, entry in value.items()}
         if len(layers) < len(value):
             raise PlanError('layers: a layer is named twice, as a number and as text (3 and "3")')
-        checked = {key: _entry(key, layers[key]) for key in layer_order(layers)}
+        model = info.data.get("model")  # None where it is broken, which is said elsewhere
+        experts = model.experts if model is not None else {}
+        checked = {key: read_entries(key, layers[key], experts.get(key)) for key in layer_order(layers)}
         return {key: entry for key, entry in checked.items() if entry}
 
     @model_validator(mode="after")
@@ -104,14 +120,14 @@ class Plan(BaseModel):
                 known = _squeeze(dict.fromkeys(self.model.experts, None))
                 raise PlanError(f"layer {key}: the model has no such MoE layer; it has {', '.join(map(str, known))}")
             experts = self.model.experts[key]
-            for ids in kinds.values():
-                if out := [i for i in ids if not 0 <= i < experts]:
+            for entry in kinds.values():
+                if out := [i for i in ids_of(entry) if not 0 <= i < experts]:
                     raise PlanError(f"layer {key}: expert {out[0]} is out of range, its ids are 0 to {experts - 1}")
         return self
 
     def replaced(self, layer: str) -> dict[int, str]:
         """Return id -> kind of the experts of a layer that do not stay, ascending."""
-        pairs = [(i, kind) for kind, ids in self.layers.get(layer, {}).items() for i in ids]
+        pairs = [(i, kind) for kind, entry in self.layers.get(layer, {}).items() for i in ids_of(entry)]
         return dict(sorted(pairs))
 
     def kept(self, layer: str, experts: int) -> tuple[int, ...]:
@@ -139,18 +155,26 @@ class Plan(BaseModel):
 
     def text(self) -> str:
         """Return the plan as it is written: one line a layer, so that two plans differ line by line."""
-        head = self.model_dump(exclude={"layers"})
+        head = self.model_dump(exclude={"layers"} | (set() if self.how else {"how"}))
         head["model"]["experts"] = _squeeze(self.model.experts)
         head["model"]["top_k"] = _squeeze(self.model.top_k)
         # leaves are written in one line ({...}), whatever is above them as a block
         text = yaml.safe_dump(head, default_flow_style=None, sort_keys=False, allow_unicode=True, width=10**9)
         if not self.layers:
             return f"{_HEADER}{text}layers: {{}}\n"
-        lines = [
-            f"  {json.dumps(_number(key))}: {{{', '.join(f'{kind}: {list(ids)}' for kind, ids in kinds.items())}}}\n"
-            for key, kinds in self.layers.items()
-        ]
+        lines = []
+        for key, kinds in self.layers.items():
+            listed = ", ".join(f"{kind}: {self._entry_text(key, kind)}" for kind in kinds)
+            lines.append(f"  {json.dumps(_number(key))}: {{{listed}}}\n")
         return f"{_HEADER}{text}layers:\n{''.join(lines)}"
+
+    def _entry_text(self, key: str, kind: str) -> str:
+        entry = self.layers[key][kind]
+        if isinstance(entry, dict):
+            return "{" + ", ".join(f"{i}: {n}" for i, n in entry.items()) + "}"
+        if entry == tuple(range(self.model.experts[key])):
+            return "all"
+        return str([list(x) if isinstance(x, tuple) else x for x in entry])
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
@@ -192,30 +216,6 @@ def check_model(plan: Plan, fingerprint: str, source: str = "the model at hand")
             f"the plan was made for {plan.model.source} ({plan.model.fingerprint}), not for {source} ({fingerprint}); "
             "expert ids of one model mean nothing in another, plan again from this model's statistics"
         )
-
-
-def _entry(key: str, entry: Any) -> dict[str, tuple[int, ...]]:
-    entry = {} if entry is None else entry
-    if not isinstance(entry, Mapping):
-        raise PlanError(f"layer {key}: must name ids by kind, like {{constant: [3, 17]}}, not {entry!r}")
-    kinds: dict[str, tuple[int, ...]] = {}
-    seen: dict[int, str] = {}
-    for kind, ids in entry.items():
-        if not isinstance(kind, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", kind):
-            raise PlanError(f"layer {key}: {kind!r} cannot be the name of a kind")
-        ids = [] if ids is None else ids
-        if not isinstance(ids, (list, tuple)):
-            raise PlanError(f"layer {key}: {kind} must be a list of expert ids, like [3, 17], not {ids!r}")
-        for i in ids:
-            if not isinstance(i, int) or isinstance(i, bool):
-                raise PlanError(f"layer {key}: {kind}: an expert id is a whole number, not {i!r}")
-            if i in seen:
-                where = f"twice under {kind}" if seen[i] == kind else f"under {seen[i]} and under {kind}"
-                raise PlanError(f"layer {key}: expert {i} is named {where}")
-            seen[i] = kind
-        if ids:
-            kinds[kind] = tuple(sorted(ids))
-    return dict(sorted(kinds.items()))
 
 
 def _layer_key(key: Any) -> str:

@@ -37,16 +37,12 @@ class Processes:
         """Return the sums of all processes, merged in the order of their rank."""
         if self.world == 1:
             return local
-        arrays = local.arrays()
-        flat = torch.from_numpy(np.concatenate([np.asarray(a, np.float64).ravel() for a in arrays.values()]))
-        gathered = [torch.empty_like(flat) for _ in range(self.world)]
-        torch.distributed.all_gather(gathered, flat, group=self.group)
+        gathered: list[dict[str, np.ndarray]] = [{} for _ in range(self.world)]
+        torch.distributed.all_gather_object(gathered, local.arrays(), group=self.group)  # sets differ in number
         total = None
-        for part in gathered:
-            pieces = part.split([a.size for a in arrays.values()])
-            values = {n: p.numpy().reshape(a.shape) for (n, a), p in zip(arrays.items(), pieces, strict=True)}
-            other = replace(local, **values)
-            total = other if total is None else total + other
+        for arrays in gathered:
+            part = replace(local, **arrays)
+            total = part if total is None else total + part
         assert total is not None
         return total
 

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from understudy.errors import UnderstudyError
 
-Scope = Literal["layer", "model"]
+Scope = Literal["layer", "model", "mass"]
+Extra = Literal["sets", "dense", "channels", "gradients"]
 _DATA = (
     "text: a file, .jsonl[.xz|.gz|.zst][:field], folder or hf:name[config]:split:field, with =WEIGHT if wanted; "
     "repeat it for several; default: the bundled text"
@@ -38,6 +39,9 @@ class Calibration(_Reading):
     """Settings of `calibrate`."""
 
     experts: str = Field("auto", description="transformers' experts implementation; auto = its own default")
+    collect: tuple[Extra, ...] = Field((), description="sums that cost more: sets, dense, channels, gradients")
+    dense_tokens: int = Field(2048, gt=1, description="tokens sent through every expert, with --collect dense")
+    base: str | None = Field(None, description="the checkpoint that this one was trained from, for router_norm_change")
 
 
 class Selection(_Settings):
@@ -46,7 +50,10 @@ class Selection(_Settings):
     method: str = Field("mone", description="how experts are scored, and what the losers become")
     ratio: float | None = Field(None, description="share of the routed experts to replace, 0 to 1")
     size: str | None = Field(None, description="bytes that the written weights may take: 4.8GB, 4.5GiB")
-    scope: Scope = Field("layer", description="the same share in each layer, or the lowest of the whole model")
+    scope: Scope = Field("layer", description="rank in each layer, over the whole model, or by mass (LightMoE)")
+    keep_layers: str | None = Field(None, description="layers to leave as they are, like 0,3,12-15")
+    keep_super: bool = Field(False, description="never replace super experts, whose outputs reach extremes")
+    width_classes: int = Field(0, ge=0, description="slim: different widths in a layer at most; 0 = any number")
     kind: str | None = Field(None, description="what the losers become; the default is the method's own")
     gate: Literal["all-tokens", "routed"] = Field("all-tokens", description="mone: mean gate over all or routed tokens")
     seed: int = Field(0, ge=0, description="seed of random scores")

@@ -1,7 +1,6 @@
-"""Calibration statistics of experts: sums that add up over batches, processes, machines and runs.
+"""Calibration statistics of a model as a file: the sums of every MoE layer, what data they are of, and a few tokens.
 
-Letters: E experts, H hidden size, g the gate (the weight that the router gives a route at the seam, renormalised where
-the family does so), y the output of an expert before its gate. Sums run over the routes that chose the expert.
+They add up over batches, processes, machines and runs. Letters: E experts, H hidden size, K top-k.
 """
 
 from __future__ import annotations
@@ -20,59 +19,11 @@ from pydantic import ValidationError
 
 from understudy.errors import OutputError, StatsError, reason
 from understudy.facts import ModelFacts
+from understudy.sums import ExpertStats as ExpertStats
+from understudy.sums import group_of, is_vector, required_fields
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class ExpertStats:
-    """Sums of one MoE layer, merged with `+`; float64, any array type with NumPy's arithmetic."""
-
-    tokens: Any  # [] tokens that entered the layer
-    count: Any  # [E] routes
-    gate_sum: Any  # [E] sum g
-    gate_sq_sum: Any  # [E] sum g^2
-    norm_sum: Any  # [E] sum |y|
-    gated_norm_sum: Any  # [E] sum g |y|
-    mean: Any  # [E, H] mean y
-    scatter: Any  # [E] sum |y - mean|^2
-    weighted_mean: Any  # [E, H] mean y, weighted by g^2
-    weighted_scatter: Any  # [E] sum g^2 |y - weighted_mean|^2
-
-    def __add__(self, other: ExpertStats) -> ExpertStats:
-        """Merge two disjoint samples; the second moments by Chan's pairwise rule (Chan, Golub, LeVeque 1983)."""
-        mean, scatter = _chan(self.count, self.mean, self.scatter, other.count, other.mean, other.scatter)
-        weighted_mean, weighted_scatter = _chan(
-            self.gate_sq_sum,
-            self.weighted_mean,
-            self.weighted_scatter,
-            other.gate_sq_sum,
-            other.weighted_mean,
-            other.weighted_scatter,
-        )
-        return ExpertStats(
-            tokens=self.tokens + other.tokens,
-            count=self.count + other.count,
-            gate_sum=self.gate_sum + other.gate_sum,
-            gate_sq_sum=self.gate_sq_sum + other.gate_sq_sum,
-            norm_sum=self.norm_sum + other.norm_sum,
-            gated_norm_sum=self.gated_norm_sum + other.gated_norm_sum,
-            mean=mean,
-            scatter=scatter,
-            weighted_mean=weighted_mean,
-            weighted_scatter=weighted_scatter,
-        )
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All sums by name, as they are stored."""
-        return {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
-
-
-def _chan(weight_a: Any, mean_a: Any, m2_a: Any, weight_b: Any, mean_b: Any, m2_b: Any) -> tuple[Any, Any]:
-    total = weight_a + weight_b
-    share_b = weight_b / (total + (total == 0))  # where neither side saw a route, 0 and not 0/0
-    delta = mean_b - mean_a
-    return mean_a + delta * share_b[:, None], m2_a + m2_b + (delta * delta).sum(-1) * weight_a * share_b
+EXTRA = ("sets", "dense", "channels", "gradients")  # groups of sums that cost time or room and are asked for
 
 
 @dataclass(frozen=True)
@@ -119,8 +70,7 @@ class Stats:
         tensors: dict[str, np.ndarray] = {}
         for key, layer in self.layers.items():
             for name, value in layer.arrays().items():
-                vector = name in ("mean", "weighted_mean")
-                tensors[f"layers.{key}.{name}"] = np.asarray(value, np.float32 if vector else np.float64, "C")
+                tensors[f"layers.{key}.{name}"] = np.asarray(value, _stored_dtype(name), "C")
         for key, probe in self.probes.items():
             for name in ("hidden", "index", "weights"):
                 tensors[f"layers.{key}.probe.{name}"] = np.ascontiguousarray(getattr(probe, name))
@@ -165,17 +115,40 @@ def load_stats(path: str | os.PathLike[str], only: Collection[str] | None = None
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError, ValidationError) as error:
         why = " ".join(str(error).split())[:200]
         raise StatsError(f"{file}: not a statistics file of understudy, or damaged ({why}); calibrate again") from None
-    names = [f.name for f in fields(ExpertStats) if only is None or f.name in only]
-    left_out = {f.name: None for f in fields(ExpertStats) if f.name not in names}
+    known = [f.name for f in fields(ExpertStats)]
+    needed = [name for name in required_fields() if only is None or name in only]
     layers, probes = {}, {}
     for key in model.layers:
         part = _under(tensors, f"layers.{key}.")
-        if missing := [n for n in names if n not in part]:
+        if missing := [n for n in needed if n not in part]:
             raise StatsError(f"{file}: layer {key} lacks {', '.join(missing)}; calibrate again")
-        layers[key] = ExpertStats(**{n: part[n].astype(np.float64) for n in names}, **left_out)
+        layers[key] = ExpertStats(**{n: part[n].astype(np.float64) if n in part else None for n in known})
         if probe := _under(part, "probe."):
             probes[key] = Probe(**probe)
     return Stats(model, data, layers, probes)
+
+
+def require(stats: Stats, needs: Collection[str], what: str) -> None:
+    """Make sure that every layer has these fields; `what` needs them, in words.
+
+    Raises:
+        StatsError: a field is missing; says how to collect it.
+    """
+    for key, layer in stats.layers.items():
+        lacking = [name for name in needs if getattr(layer, name) is None]
+        if not lacking:
+            continue
+        group = group_of(lacking[0])
+        how = "calibrate again; if they still lack it, this family does not show it"
+        if group in EXTRA:
+            how = f"calibrate with --collect {group}"
+        elif group == "base":
+            how = "calibrate with --base MODEL, the checkpoint that this one was trained from"
+        raise StatsError(f"{what} needs {', '.join(lacking)}, which the statistics of layer {key} lack; {how}")
+
+
+def _stored_dtype(name: str) -> type:
+    return np.int32 if name == "topk_sets" else np.float32 if is_vector(name) else np.float64
 
 
 def _under(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -142,7 +142,8 @@ def plan(screen: Screen, stats: StatsFile, out: Out, settings: Selection) -> dic
         "expected_bytes": result.expected_bytes,
         "load_bytes": result.load_bytes,
         "notes": list(result.notes),
-        "scores": {
+        "scores": scores
+        and {
             "name": scores.name,
             "source": scores.source,
             "layers": {key: values.tolist() for key, values in scores.layers.items()},

@@ -8,10 +8,11 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from understudy.entries import Entry, ids_of
 from understudy.errors import PlanError
 from understudy.facts import LayerFacts, ModelFacts
 from understudy.plans import Plan, check_model
@@ -32,6 +33,8 @@ class Kind(ABC):
         unseen: what becomes of a replaced expert that saw no token, to finish the sentence "they ...".
         renumbers: the kept experts move up and their router rows with them; such a kind takes the same number of
             experts from every layer, and from every group of a group-limited router, and shares a layer with no other.
+        form: what a plan lists under the kind: ids, groups of ids, or a number for each id.
+        losers: any expert that a score ranks low can become this; else the kind asks for more than a list of ids.
     """
 
     name: str
@@ -39,18 +42,20 @@ class Kind(ABC):
     needs: tuple[str, ...] = ()
     unseen: str
     renumbers: bool = False
+    losers: bool = True
+    form: Literal["ids", "groups", "numbers"] = "ids"
 
     @abstractmethod
-    def stored_bytes(self, layer: LayerFacts, count: int) -> int:
-        """Return the bytes of the stand-ins of `count` experts of a layer."""
+    def stored_bytes(self, layer: LayerFacts, entry: Entry) -> int:
+        """Return the bytes of the stand-ins of what a layer lists under this kind."""
 
-    def freed_bytes(self, layer: LayerFacts, count: int) -> int:
-        """Return the bytes that leave the checkpoint with `count` experts of a layer."""
-        return layer.expert_bytes * count
+    def freed_bytes(self, layer: LayerFacts, entry: Entry) -> int:
+        """Return the bytes that leave the checkpoint with those experts."""
+        return layer.expert_bytes * len(ids_of(entry))
 
-    def added_bytes(self, layer: LayerFacts, count: int) -> int:
-        """Return by how much a layer grows when `count` of its experts are replaced; negative where it shrinks."""
-        return self.stored_bytes(layer, count) - self.freed_bytes(layer, count)
+    def added_bytes(self, layer: LayerFacts, entry: Entry) -> int:
+        """Return by how much a layer grows with this entry; negative where it shrinks."""
+        return self.stored_bytes(layer, entry) - self.freed_bytes(layer, entry)
 
     def refuses(self, layer: LayerFacts) -> str | None:
         """Return why this kind cannot be used in a layer at all, or None."""
@@ -69,8 +74,8 @@ class Kind(ABC):
         return None
 
     @abstractmethod
-    def check(self, layers: Mapping[str, LayerFacts], ids: Mapping[str, Sequence[int]]) -> None:
-        """Refuse what this kind cannot do; `ids` holds its experts in every MoE layer, empty where there are none.
+    def check(self, layers: Mapping[str, LayerFacts], entries: Mapping[str, Entry]) -> None:
+        """Refuse what this kind cannot do; `entries` holds its experts in every MoE layer, empty where there are none.
 
         Raises:
             PlanError: says which layer, why, and what to do.
@@ -106,29 +111,41 @@ def check_plan(plan: Plan, facts: ModelFacts | None = None) -> None:
         if any((facts.layers.get(k) is None or facts.layers[k].experts != n) for k, n in plan.model.experts.items()):
             raise PlanError(f"model: experts by layer are not those of {facts.source}; take the line from a fresh plan")
         layers = facts.layers
-    ids: dict[str, dict[str, Sequence[int]]] = {}
+    entries: dict[str, dict[str, Entry]] = {}
     for key, kinds in plan.layers.items():
         for name, chosen in kinds.items():
+            _check_form(key, get_kind(name), chosen)
             if get_kind(name).renumbers and len(kinds) > 1:
                 other = next(k for k in kinds if k != name)
                 raise PlanError(
                     f"layer {key}: {name} cannot share a layer with {other}: it renumbers the experts that stay, while "
                     f"{other} keeps the original ids; use one of them"
                 )
-            ids.setdefault(name, {})[key] = chosen
-    for name, by_layer in ids.items():
+            entries.setdefault(name, {})[key] = chosen
+    for name, by_layer in entries.items():
         for key in by_layer:
             if reason := get_kind(name).refuses(layers[key]):
                 raise PlanError(f"layer {key}: {name} is not possible: {reason}; use --kind constant")
         get_kind(name).check(layers, {key: by_layer.get(key, ()) for key in layers})
 
 
+def _check_form(key: str, kind: Kind, entry: Entry) -> None:
+    found = "numbers" if isinstance(entry, dict) else "groups" if isinstance(entry[0], tuple) else "ids"
+    if found != kind.form:
+        like = {"ids": "expert ids, [3, 17]", "groups": "groups of ids, [[3, 17], [5, 9]]", "numbers": "{3: 512}"}
+        raise PlanError(f"layer {key}: {kind.name} takes {like[kind.form]}, not {like[found]}")
+
+
 def expected_bytes(plan: Plan, facts: ModelFacts) -> int:
     """Return the bytes of all tensors of the checkpoint that a plan leads to."""
-    nbytes = facts.nbytes
-    for key, kinds in plan.layers.items():
-        nbytes += sum(get_kind(name).added_bytes(facts.layers[key], len(ids)) for name, ids in kinds.items())
-    return nbytes
+    return facts.nbytes + added_bytes(plan.layers, facts)
+
+
+def added_bytes(layers: Mapping[str, Mapping[str, Entry]], facts: ModelFacts) -> int:
+    """Return by how many bytes a checkpoint grows with the entries of a plan; negative where it shrinks."""
+    return sum(
+        get_kind(name).added_bytes(facts.layers[key], e) for key, kinds in layers.items() for name, e in kinds.items()
+    )
 
 
 def _carried(plan: Plan) -> dict[str, LayerFacts]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from understudy.entries import Entry, ids_of
 from understudy.errors import PlanError
 from understudy.facts import LayerFacts
 from understudy.kinds import Kind
@@ -27,9 +28,9 @@ class Constant(Kind):
     needs = ("mean",)
     unseen = "become zero vectors"
 
-    def stored_bytes(self, layer: LayerFacts, count: int) -> int:
-        """Return the bytes of `count` vectors."""
-        return layer.hidden * layer.element_bytes * count
+    def stored_bytes(self, layer: LayerFacts, entry: Entry) -> int:
+        """Return the bytes of a vector for each expert."""
+        return layer.hidden * layer.element_bytes * len(ids_of(entry))
 
     def most(self, layer: LayerFacts) -> int:
         """Return all experts but one: inference engines need one real expert to take the layer's shape from."""
@@ -62,9 +63,10 @@ class Constant(Kind):
             declared={expert: source.names[expert] for expert in sorted(replaced)},
         )
 
-    def check(self, layers: Mapping[str, LayerFacts], ids: Mapping[str, Sequence[int]]) -> None:
+    def check(self, layers: Mapping[str, LayerFacts], entries: Mapping[str, Entry]) -> None:
         """Refuse a layer that keeps no expert."""
-        for key, chosen in ids.items():
+        for key, entry in entries.items():
+            chosen = ids_of(entry)
             if chosen and len(chosen) > self.most(layers[key]):
                 raise PlanError(
                     f"layer {key}: all {layers[key].experts} experts would be replaced; constant needs at least one "

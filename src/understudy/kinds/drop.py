@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from understudy.entries import Entry, ids_of
 from understudy.errors import PlanError
 from understudy.facts import LayerFacts
 from understudy.kinds import Kind
@@ -26,13 +27,13 @@ class Drop(Kind):
     unseen = "are removed"
     renumbers = True
 
-    def stored_bytes(self, layer: LayerFacts, count: int) -> int:
+    def stored_bytes(self, layer: LayerFacts, entry: Entry) -> int:
         """Return 0."""
         return 0
 
-    def freed_bytes(self, layer: LayerFacts, count: int) -> int:
-        """Return the bytes of `count` experts with their router rows."""
-        return (layer.expert_bytes + layer.router_row_bytes) * count
+    def freed_bytes(self, layer: LayerFacts, entry: Entry) -> int:
+        """Return the bytes of the experts with their router rows."""
+        return (layer.expert_bytes + layer.router_row_bytes) * len(ids_of(entry))
 
     def refuses(self, layer: LayerFacts) -> str | None:
         """Return why router rows cannot be removed."""
@@ -53,17 +54,19 @@ class Drop(Kind):
                 changed[key] = renamed(source.checkpoint, tensors, key, old, new)
         return LayerCut(gone=source.own_tensors(replaced), changed=changed)
 
-    def check(self, layers: Mapping[str, LayerFacts], ids: Mapping[str, Sequence[int]]) -> None:
+    def check(self, layers: Mapping[str, LayerFacts], entries: Mapping[str, Entry]) -> None:
         """Refuse too few experts left, and uneven counts in groups or layers."""
-        for key, chosen in ids.items():
+        for key, entry in entries.items():
+            chosen = ids_of(entry)
             if chosen:
                 _check_layer(self, key, layers[key], chosen)
         first: dict[int, str] = {}  # layers of the same number of experts must end with the same number
-        for key, chosen in ids.items():
+        for key, entry in entries.items():
+            chosen = ids_of(entry)
             other = first.setdefault(layers[key].experts, key)
-            if len(chosen) != len(ids[other]):
+            if len(chosen) != len(entries[other]):
                 raise PlanError(
-                    f"drop takes {len(ids[other])} experts from layer {other} and {len(chosen)} from layer {key}; "
+                    f"drop takes {len(entries[other])} experts from layer {other} and {len(chosen)} from layer {key}; "
                     "stock loaders need the same number in every layer; even them out or use --kind constant"
                 )
 

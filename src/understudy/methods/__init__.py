@@ -3,21 +3,68 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from understudy.recipe import Scope
+from understudy.entries import Entry
+from understudy.facts import LayerFacts
+from understudy.kinds import Kind
+from understudy.recipe import Scope, Selection
 from understudy.registry import discover, lookup
+from understudy.scores import Scores
+from understudy.stats import Stats
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method chooses from: statistics, the layers that saw tokens, settings, kind, and scores if it has some."""
+
+    stats: Stats
+    layers: dict[str, LayerFacts]
+    settings: Selection
+    kind: Kind
+    scores: Scores | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method chose: entries of a plan by layer and kind, settings of the kinds, and notes for people."""
+
+    layers: dict[str, dict[str, Entry]]
+    how: dict[str, dict[str, bool | int | float | str]] = field(default_factory=dict)
+    scores: Scores | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Method:
-    """A composition: which score ranks the experts and, unless told otherwise, what the lowest become."""
+    """A composition: which score ranks the experts and what the lowest become, or a choice of another form.
+
+    Attributes:
+        name: as plans and people spell it.
+        paper: title and number.
+        kind: what the experts become unless told otherwise.
+        scopes: over what experts may be ranked.
+        score: name of the criterion; None where single experts are not ranked.
+        kinds: what may be asked for with `--kind`.
+        choose: called with the problem and a ratio, the share of the routed experts' bytes to remove as far as whole
+            units allow; a larger ratio never needs more bytes. None: the experts that rank lowest become the kind.
+        needs: fields of `ExpertStats` that `choose` reads.
+        most: the largest ratio that `choose` can meet.
+        sequential: the paper takes a layer's statistics from the compressed layers before it; calibration does so when
+            it is told the method and the ratio (`compress` and `compare` do).
+    """
 
     name: str
-    score: str
-    kind: str  # the default; any other kind may be asked for
-    scopes: tuple[Scope, ...]
     paper: str
+    kind: str
+    scopes: tuple[Scope, ...] = ("layer",)
+    score: str | None = None
+    kinds: tuple[str, ...] = ("drop", "constant")
+    choose: Callable[[Problem, float], Choice] | None = None
+    needs: tuple[str, ...] = ()
+    most: Callable[[Problem], float] = lambda problem: 1.0
+    sequential: bool = False
 
 
 @functools.cache

@@ -18,6 +18,7 @@ import numpy as np
 from understudy._version import __version__
 from understudy.checkpoint import Checkpoint, resolve
 from understudy.cut import LayerSource, novice_names
+from understudy.entries import ids_of
 from understudy.errors import NumericError, OutputError, PlanError, StatsError, UnderstudyError, reason
 from understudy.facts import ModelFacts, parse_bytes
 from understudy.held import held
@@ -183,7 +184,8 @@ def _cut(source: Skeleton, plan: Plan, stats: Stats | None) -> tuple[list[Piece]
     declared: dict[str, dict[int, str]] = {}
     remaining: int | None = None
     for layer in source.layers:
-        for name, replaced in plan.layers.get(layer.key, {}).items():
+        for name, listed in plan.layers.get(layer.key, {}).items():
+            replaced = ids_of(listed)
             kind = get_kind(name)
             tensors = expert_tensors(source, layer)
             known = stats.layers[layer.key] if stats else None

@@ -21,7 +21,7 @@ from understudy.card import Card, commands, read_card
 from understudy.checkpoint import resolve
 from understudy.data import token_blocks
 from understudy.errors import OutputError, StatsError, UnderstudyError, reason
-from understudy.facts import ModelFacts, format_bytes, parse_bytes
+from understudy.facts import LayerFacts, ModelFacts, format_bytes, parse_bytes
 from understudy.held import held, work_folder
 from understudy.kinds import get_kind
 from understudy.methods import get_method
@@ -33,6 +33,7 @@ from understudy.stages.calibrate import calibrate
 from understudy.stages.inspect import Inspection, inspect
 from understudy.stages.select import PlanResult, make_plan
 from understudy.stats import ExpertStats, Stats, load_stats
+from understudy.sums import required_fields
 from understudy.tokens import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -152,16 +153,19 @@ def _rehearse(facts: ModelFacts, selection: Selection, target: Path) -> None:
         PlanError: settings that contradict each other, or that no plan can meet.
         OutputError: there is not enough room on the disk.
     """
-    layers = {}
-    for key, layer in facts.layers.items():
-        one_E, one_E1 = np.ones(layer.experts), np.ones((layer.experts, 1))
-        vectors = {"mean": one_E1, "weighted_mean": one_E1}
-        names = ExpertStats.__dataclass_fields__
-        layers[key] = ExpertStats(**(dict.fromkeys(names, one_E) | vectors | {"tokens": np.float64(1)}))
+    layers = {key: _made_up(layer) for key, layer in facts.layers.items()}
     needed = make_plan(Stats(facts, {}, layers), selection).expected_bytes
     place = next(folder for folder in target.absolute().parents if folder.exists())
     if (free := shutil.disk_usage(place).free) < needed:
         raise OutputError(f"{target}: {format_bytes(needed)} are needed, {format_bytes(free)} are free")
+
+
+def _made_up(layer: LayerFacts) -> ExpertStats:
+    """Statistics of a layer that no method refuses, with one column where there would be many."""
+    one_E, one_E1 = np.ones(layer.experts), np.ones((layer.experts, 1))
+    return ExpertStats(
+        **(dict.fromkeys(required_fields(), one_E) | {"mean": one_E1, "weighted_mean": one_E1, "tokens": np.float64(1)})
+    )
 
 
 def _identity(facts: ModelFacts, calibration: Calibration) -> str:

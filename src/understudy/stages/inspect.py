@@ -143,11 +143,12 @@ def _possibility(kind: Kind, facts: ModelFacts | None) -> Possibility:
 
 def _expected(kind: Kind, facts: ModelFacts, ratio: float) -> dict[str, int] | None:
     counts = {key: round(ratio * layer.experts) for key, layer in facts.layers.items()}
+    entries = {key: tuple(_evenly(facts.layers, key, count)) for key, count in counts.items()}
     try:
-        kind.check(facts.layers, {key: _evenly(facts.layers, key, count) for key, count in counts.items()})
+        kind.check(facts.layers, entries)
     except PlanError:
         return None
-    nbytes = facts.nbytes + sum(kind.added_bytes(facts.layers[key], count) for key, count in counts.items())
+    nbytes = facts.nbytes + sum(kind.added_bytes(facts.layers[key], entry) for key, entry in entries.items())
     return {"disk": nbytes, "load": nbytes - facts.unloaded_bytes}
 
 

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from understudy.entries import Entry
 from understudy.errors import PlanError, StatsError
 from understudy.facts import LayerFacts, ModelFacts, format_bytes, parse_bytes
-from understudy.kinds import Kind, check_plan, expected_bytes, get_kind
-from understudy.methods import Method, get_method
+from understudy.kinds import Kind, added_bytes, check_plan, expected_bytes, get_kind
+from understudy.methods import Choice, Method, Problem, get_method
 from understudy.plans import Plan, PlanModel
 from understudy.recipe import Selection, settings_from
 from understudy.scores import Score, Scores, get_score, score_layers
-from understudy.stats import Stats, file_hash, load_stats
+from understudy.stats import Stats, file_hash, load_stats, require
 
 Layers = dict[str, LayerFacts]
 Ids = dict[str, list[int]]  # by layer, the experts to replace
@@ -30,7 +31,7 @@ class PlanResult:
     facts: ModelFacts
     expected_bytes: int
     notes: tuple[str, ...]
-    scores: Scores
+    scores: Scores | None  # None where a method does not rank single experts
 
     @property
     def load_bytes(self) -> int:
@@ -66,40 +67,78 @@ def make_plan(
     """
     parent = None
     method = get_method(settings.method)
-    kind, score = get_kind(settings.kind or method.kind), get_score(method.score)
+    kind, score = get_kind(settings.kind or method.kind), get_score(method.score) if method.score else None
     _check_settings(settings, method, kind, score)
+    needs = {*method.needs, *(score.needs if score else ())}
     if not isinstance(stats, Stats):
-        path, stats = stats, load_stats(stats, only={"tokens", "count", *score.needs})
+        path, stats = stats, load_stats(stats, only={"tokens", "count", *needs})
         parent = file_hash(path)
-    facts, scores = stats.model, score_layers(score, stats, settings)
+    require(stats, needs, f"method {method.name}")
+    facts = stats.model
     layers, notes = _reached(stats)
     for key, layer in layers.items():
         if reason := kind.refuses(layer):
             raise PlanError(f"layer {key}: {kind.name} is not possible: {reason}; use --kind constant")
-    order = {key: _order(kind, layer, scores.layers[key]) for key, layer in layers.items()}
-    if settings.size is not None:
-        ids, more = _by_size(kind, facts, layers, order, scores, settings)
+    scores = score_layers(score, stats, settings) if score else None
+    if method.choose is not None:
+        choice = _chosen(method, Problem(stats, layers, settings, kind, scores))
     else:
-        ids, more = _by_ratio(kind, layers, order, scores, settings)
+        assert scores is not None, "a method has a score or chooses by itself"
+        order = {key: _order(kind, layer, scores.layers[key]) for key, layer in layers.items()}
+        by = _by_size if settings.size is not None else _by_ratio
+        ids, more = by(kind, facts, layers, order, scores, settings)
+        entries: dict[str, dict[str, Entry]] = {
+            key: {kind.name: tuple(sorted(chosen))} for key, chosen in ids.items() if chosen
+        }
+        choice = Choice(entries, scores=scores, notes=(*more, *_unseen(kind, layers, stats, ids)))
     plan = Plan(
         method=method.name,
         model=PlanModel.of(facts),
         stats=parent,
         recipe=settings.model_copy(update={"kind": kind.name}).model_dump(exclude={"method"}, exclude_none=True),
-        layers={key: {kind.name: chosen} for key, chosen in ids.items()},
+        how=choice.how,
+        layers=choice.layers,
     )
     check_plan(plan, facts)
     if out is not None:
         plan.save(out)
-    notes += more + _unseen(kind, layers, stats, ids)
-    return PlanResult(plan, facts, expected_bytes(plan, facts), tuple(notes), scores)
+    return PlanResult(plan, facts, expected_bytes(plan, facts), (*notes, *choice.notes), choice.scores)
 
 
-def _check_settings(settings: Selection, method: Method, kind: Kind, score: Score) -> None:
+def _chosen(method: Method, problem: Problem) -> Choice:
+    """Let a method choose at the ratio, or at the smallest ratio that meets the size."""
+    assert method.choose is not None
+    facts, settings = problem.stats.model, problem.settings
+    if settings.size is None:
+        return method.choose(problem, settings.ratio or 0.0)
+    size = parse_bytes(settings.size)
+    if facts.nbytes <= size:
+        note = f"nothing to replace: the model's {format_bytes(facts.nbytes)} are within {format_bytes(size)}"
+        return Choice({}, notes=(note,))
+
+    def bytes_at(ratio: float) -> int:
+        chosen = method.choose(problem, ratio)  # type: ignore[misc]  # checked above
+        return facts.nbytes + added_bytes(chosen.layers, facts)
+
+    low, high = 0.0, method.most(problem)
+    if (least := bytes_at(high)) > size:
+        raise PlanError(
+            f"{format_bytes(size)} is out of reach: {method.name} brings {facts.source} from "
+            f"{format_bytes(facts.nbytes)} down to {format_bytes(least)} ({least} bytes) at best, at ratio {high:.6g}"
+        )
+    while high - low > 1e-7:
+        middle = (low + high) / 2
+        low, high = (low, middle) if bytes_at(middle) <= size else (middle, high)
+    return method.choose(problem, high)
+
+
+def _check_settings(settings: Selection, method: Method, kind: Kind, score: Score | None) -> None:
     if (settings.ratio is None) == (settings.size is None):
         raise PlanError("give one of --ratio and --size")
     if settings.ratio is not None and not 0 <= settings.ratio < 1:
         raise PlanError(f"ratio {settings.ratio:g} is not a share of the experts; give 0 or more and less than 1")
+    if kind.name not in method.kinds:
+        raise PlanError(f"{method.name} cannot make {kind.name}; use --kind {' or '.join(method.kinds)}")
     if settings.scope not in method.scopes:
         raise PlanError(f"{method.name} does not select by {settings.scope}; use --scope {' or '.join(method.scopes)}")
     if settings.scope == "model" and kind.renumbers:
@@ -108,7 +147,7 @@ def _check_settings(settings: Selection, method: Method, kind: Kind, score: Scor
             "number in every layer for stock loaders; use --scope layer or --kind constant"
         )
     # the seed is not checked: a sweep over seeds may hold methods that do not draw
-    if settings.gate != Selection.model_fields["gate"].default and "gate" not in score.options:
+    if settings.gate != Selection.model_fields["gate"].default and "gate" not in (score.options if score else ()):
         raise PlanError(f"--gate {settings.gate} has no effect on method {method.name}; leave it out")
 
 
@@ -140,7 +179,9 @@ def _model_order(kind: Kind, layers: Layers, order: Ids, scores: Scores) -> list
     return [pairs[at] for at in np.argsort(values, kind="stable")]
 
 
-def _by_ratio(kind: Kind, layers: Layers, order: Ids, scores: Scores, settings: Selection) -> tuple[Ids, list[str]]:
+def _by_ratio(
+    kind: Kind, facts: ModelFacts, layers: Layers, order: Ids, scores: Scores, settings: Selection
+) -> tuple[Ids, list[str]]:
     ratio, total = settings.ratio or 0.0, sum(layer.experts for layer in layers.values())
     if settings.scope == "model":
         count, candidates = round(ratio * total), _model_order(kind, layers, order, scores)
@@ -201,7 +242,9 @@ def _sizes_by_layer(kind: Kind, facts: ModelFacts, layers: Layers) -> dict[int, 
     """Return the bytes of the model by the number of experts replaced in every layer, ascending."""
     most = min(kind.most(layer) for layer in layers.values())
     step = math.lcm(*(layer.groups for layer in layers.values())) if kind.renumbers else 1
-    added = {n: sum(kind.added_bytes(layer, n) for layer in layers.values()) for n in range(0, most + 1, step)}
+    added = {
+        n: sum(kind.added_bytes(layer, tuple(range(n))) for layer in layers.values()) for n in range(0, most + 1, step)
+    }
     return {n: facts.nbytes + more for n, more in added.items()}
 
 
@@ -209,9 +252,9 @@ def _sizes_of_model(kind: Kind, facts: ModelFacts, layers: Layers, candidates: l
     """Return the bytes of the model by the number of candidates replaced, ascending."""
     counts, sizes = dict.fromkeys(layers, 0), {0: facts.nbytes}
     for n, (key, _) in enumerate(candidates, start=1):
-        before = kind.added_bytes(layers[key], counts[key])
+        before = kind.added_bytes(layers[key], tuple(range(counts[key])))
         counts[key] += 1
-        sizes[n] = sizes[n - 1] + kind.added_bytes(layers[key], counts[key]) - before
+        sizes[n] = sizes[n - 1] + kind.added_bytes(layers[key], tuple(range(counts[key]))) - before
     return sizes
 
 

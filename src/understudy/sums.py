@@ -1,0 +1,144 @@
+"""Sums over the routes of one MoE layer: what calibration adds up, and how two parts of a sample are merged.
+
+Letters: E experts, H hidden size, I expert width, K top-k, S distinct sets; g the gate (the weight that the router
+gives a route at the seam, renormalised where the family does so), y the output of an expert before its gate, h its
+activations (what enters `down_proj`), d the gradient of the loss with respect to h, r the router's logits.
+
+Groups other than the first are there when they were collected and the family allows it; else their fields are None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+_VECTORS = ("mean", "weighted_mean", "dense_sum")  # as long as experts times the hidden size: stored in float32
+
+
+def optional(group: str, merge: str = "sum") -> Any:
+    """Declare a field that is collected with a group, and how two samples of it are merged."""
+    return field(default=None, metadata={"group": group, "merge": merge})
+
+
+@dataclass(frozen=True)
+class ExpertStats:
+    """Sums of one MoE layer, merged with `+`; float64, any array type with NumPy's arithmetic."""
+
+    tokens: Any  # [] tokens that entered the layer
+    count: Any  # [E] routes
+    gate_sum: Any  # [E] sum g
+    gate_sq_sum: Any  # [E] sum g^2
+    norm_sum: Any  # [E] sum |y|
+    gated_norm_sum: Any  # [E] sum g |y|
+    mean: Any  # [E, H] mean y
+    scatter: Any  # [E] sum |y - mean|^2
+    weighted_mean: Any  # [E, H] mean y, weighted by g^2
+    weighted_scatter: Any  # [E] sum g^2 |y - weighted_mean|^2
+    norm_sq_sum: Any = optional("outputs")  # [E] sum |y|^2
+    output_max: Any = optional("outputs", "max")  # [E] largest absolute element of any y
+
+    weight_abs_sum: Any = optional("weights", "same")  # [E] sum |w| over the matrices of the expert
+    weight_sq_sum: Any = optional("weights", "same")  # [E] sum w^2
+    weight_numel: Any = optional("weights", "same")  # [] weights of one expert that went into these
+    router_norm: Any = optional("weights", "same")  # [E] norm of the router's row
+    base_router_norm: Any = optional("base", "same")  # [E] the same in the checkpoint given as --base
+
+    sequences: Any = optional("router")  # [] blocks of text
+    logit_norm_sum: Any = optional("router")  # [] sum over tokens of |r|
+    logit_gram: Any = optional("router")  # [E, E] sum over tokens of r_i r_j
+    logit_cos_sum: Any = optional("router")  # [E, E] sum over blocks of the cosine of two logits' series in the block
+
+    moe_cos_sum: Any = optional("stream")  # [] sum over tokens of cos(x, x + MoE(x)), shared experts included
+    block_cos_sum: Any = optional("stream")  # [] sum over tokens of cos(input, output) of the decoder layer
+    shift_norm_sum: Any = optional("stream")  # [E] sum s g |y|, s = max(0, 1 - cos(x, x + routed experts(x)))
+
+    topk_sets: Any = optional("sets", "sets")  # [S, K] sets of experts that a token chose, ids ascending
+    topk_counts: Any = optional("sets", "sets")  # [S] tokens that chose the set
+
+    dense_tokens: Any = optional("dense")  # [] tokens that were sent through every expert
+    dense_sum: Any = optional("dense")  # [E, H] sum y over those
+    dense_cos_sum: Any = optional("dense")  # [E, E] sum over those of the cosine of two experts' y
+    dense_hsic: Any = optional("dense")  # [E, E] sum over batches of |Yc_i^T Yc_j|_F^2, outputs centred in the batch
+
+    activation_sum: Any = optional("channels")  # [E, I] sum h
+    activation_sq_sum: Any = optional("channels")  # [E, I] sum h^2
+    gated_activation_sum: Any = optional("channels")  # [E, I] sum g^2 h
+    gated_activation_sq_sum: Any = optional("channels")  # [E, I] sum g^2 h^2
+    gated_activation_sq_max: Any = optional("channels", "max")  # [E, I] max g^2 h^2
+    projection_sum: Any = optional("channels")  # [E, I] sum <h_k w_k, y> / |y|, w_k a column of down_proj
+    up_sq_sum: Any = optional("channels")  # [E, I] sum of squares of what the activation function multiplies
+    preactivation_sq_sum: Any = optional("channels")  # [E, I] sum of squares of what enters it; 0 where ungated
+    down_sq_norm: Any = optional("channels", "same")  # [E, I] |w_k|^2
+    attribution_sum: Any = optional("channels")  # [E] MoE-Slimming's first-order effect of the expert, clipped
+    local_loss_sum: Any = optional("channels")  # [] sum over tokens of MoE-Slimming's local loss
+    towards_sum: Any = optional("channels")  # [E] sum g |y| (1 - cos(x, y)), TENP
+
+    gradient_sq_sum: Any = optional("gradients")  # [E, I] sum d^2
+    effect_sq_sum: Any = optional("gradients")  # [E, I] sum (h d)^2
+
+    def __add__(self, other: ExpertStats) -> ExpertStats:
+        """Merge two disjoint samples; the second moments by Chan's pairwise rule (Chan, Golub, LeVeque 1983).
+
+        What one of the two lacks, the result lacks.
+        """
+        merged = {f.name: _merge(f, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        for mean, scatter, weight in (
+            ("mean", "scatter", "count"),
+            ("weighted_mean", "weighted_scatter", "gate_sq_sum"),
+        ):
+            a, b = ((getattr(x, weight), getattr(x, mean), getattr(x, scatter)) for x in (self, other))
+            merged[mean], merged[scatter] = _chan(*a, *b)
+        if merged["topk_sets"] is not None:
+            merged["topk_sets"], merged["topk_counts"] = _union(self, other)
+        return ExpertStats(**merged)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All sums that are there by name, as they are stored."""
+        return {f.name: np.asarray(x) for f in fields(self) if (x := getattr(self, f.name)) is not None}
+
+
+def required_fields() -> list[str]:
+    """Return the fields that all statistics have."""
+    return [f.name for f in fields(ExpertStats) if not f.metadata]
+
+
+def group_of(name: str) -> str | None:
+    """Return the group that a field is collected with; None for those that are always there."""
+    found = next(f for f in fields(ExpertStats) if f.name == name)
+    return found.metadata.get("group")
+
+
+def groups_for(needs: Collection[str]) -> list[str]:
+    """Return the groups that hold the given fields, sorted."""
+    return sorted({group for name in needs if (group := group_of(name)) is not None})
+
+
+def is_vector(name: str) -> bool:
+    """Whether a field is stored in float32, being large."""
+    return name in _VECTORS
+
+
+def _merge(f: Any, a: Any, b: Any) -> Any:
+    rule = f.metadata.get("merge", "sum")
+    if a is None or b is None:
+        return None
+    if rule in ("same", "sets"):
+        return a
+    return np.maximum(a, b) if rule == "max" else a + b
+
+
+def _chan(weight_a: Any, mean_a: Any, m2_a: Any, weight_b: Any, mean_b: Any, m2_b: Any) -> tuple[Any, Any]:
+    total = weight_a + weight_b
+    share_b = weight_b / (total + (total == 0))  # where neither side saw a route, 0 and not 0/0
+    delta = mean_b - mean_a
+    return mean_a + delta * share_b[:, None], m2_a + m2_b + (delta * delta).sum(-1) * weight_a * share_b
+
+
+def _union(a: ExpertStats, b: ExpertStats) -> tuple[np.ndarray, np.ndarray]:
+    """Join two lists of sets, adding the counts of those in both; sorted."""
+    rows, where = np.unique(np.concatenate((a.topk_sets, b.topk_sets)), axis=0, return_inverse=True)
+    counts = np.concatenate((a.topk_counts, b.topk_counts))
+    return rows, np.bincount(where.ravel(), weights=counts, minlength=len(rows))
