@@ -1,5 +1,5 @@
 # Needs python3 (3.10 or later), pip and make; everything else goes into .venv/, and is made once.
-#   make demo    compress the bundled model by half, and compare it with its original      make lint    ruff and mypy
+#   make demo    compress the bundled model by half, and report what that cost it           make lint    ruff and mypy
 #   make test    the tests                                                                 make clean   what was made
 #   make test-all   the tests on every family of models that transformers has; takes longer
 
@@ -28,6 +28,7 @@ demo: setup
 		--data '$(DEMO)/train/*.jsonl.xz' --out $(OUT)
 	$(SMALL) $(VENV)/bin/understudy eval $(OUT) --against $(DEMO)/model --data '$(DEMO)/test/*.jsonl.xz' \
 		--tasks demo_math_arith,demo_drama_order --include-path $(DEMO)/tasks
+	$(SMALL) $(VENV)/bin/understudy report $(OUT)
 
 test: setup
 	$(TEST) -m "not families" tests
@@ -60,5 +61,5 @@ $(VENV)/.torch: $(VENV)/.made
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(RUN) pip install --quiet -e ".[dev,data,eval]"
+	$(RUN) pip install --quiet -e ".[dev,data,eval,report]"
 	touch $@

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,20 @@ import torch
 from transformers import modeling_utils
 
 import zoo
+from understudy.activations import ActivationStore
+from understudy.collection import collect
 from understudy.data import Blocks
+from understudy.entries import Entry
+from understudy.facts import LayerFacts
+from understudy.kinds import Kind, all_kinds, get_kind
 from understudy.layout import model_facts
-from understudy.loading import declared_constants
 from understudy.moe import expert_count_keys, expert_dim, find_moe_layers, text_config
 from understudy.plans import Plan, PlanModel
 from understudy.recipe import Calibration
 from understudy.skeleton import Skeleton
-from understudy.stages.calibrate import collect
-from understudy.stats import ExpertStats, Stats
+from understudy.stats import EXTRA, ExpertStats, Stats
+from understudy.sums import groups_for
+from understudy.walk import Walk
 
 
 def tiny_folder(model_type: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -40,12 +45,12 @@ def ids_of(rows: int = 3, length: int = 9, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def calibrated(folder: Path, work: Path, ids: torch.Tensor, batch_size: int = 2) -> Stats:
-    """Statistics of a folder by streaming."""
+def calibrated(folder: Path, work: Path, ids: torch.Tensor, batch_size: int = 2, extra: Sequence[str] = ()) -> Stats:
+    """Statistics of a folder by streaming; `extra` groups as in `--collect`."""
     skeleton = Skeleton(folder)
     facts = model_facts(skeleton, folder.name)
     blocks = Blocks(ids.numpy().astype(np.int32), np.zeros(len(ids), np.int16), ("test",), (), "0" * 64)
-    layers, probes = collect(skeleton, facts, blocks, Calibration(batch_size=batch_size), work)
+    layers, probes = collect(skeleton, facts, blocks, Calibration(batch_size=batch_size, collect=tuple(extra)), work)
     return Stats(facts, {}, layers, probes)
 
 
@@ -128,24 +133,78 @@ def plan_of(stats: Stats, layers: dict[str, dict[str, list[int]]]) -> Plan:
     return Plan(method="edited", model=PlanModel.of(stats.model), layers=layers)
 
 
+def collected_for_kinds() -> list[str]:
+    """Groups of sums that the kinds need beyond those that are always there."""
+    needs = {name for kind in all_kinds().values() for name in kind.needs}
+    return [group for group in groups_for(needs) if group in EXTRA]
+
+
+def random_plan(kind: Kind, stats: Stats, seed: int = 0) -> Plan:
+    """A plan that replaces experts at random by one kind, differently in every layer where the kind allows it."""
+    rng = np.random.default_rng(seed)
+    facts = stats.model.layers
+    if kind.renumbers:
+        return plan_of(stats, {key: {kind.name: _evenly(layer, rng)} for key, layer in facts.items()})
+    if not kind.losers and kind.form == "ids":  # whole layers
+        key, layer = list(facts.items())[len(facts) // 2]
+        return plan_of(stats, {key: {kind.name: list(range(layer.experts))}})
+    entries = {key: _random_entry(kind, layer, n, rng) for n, (key, layer) in enumerate(facts.items())}
+    return plan_of(stats, {key: {kind.name: entry} for key, entry in entries.items()})
+
+
+def _evenly(layer: LayerFacts, rng: np.random.Generator) -> list[int]:
+    groups = np.arange(layer.experts).reshape(layer.groups, -1)
+    return sorted(e for group in groups for e in rng.permutation(group)[: len(group) // 2].tolist())
+
+
+def _random_entry(kind: Kind, layer: LayerFacts, position: int, rng: np.random.Generator) -> Entry:
+    order = rng.permutation(layer.experts).tolist()
+    count = layer.experts // 2 + (position % 3) - 1
+    if kind.form == "ids":
+        return tuple(order[:count])
+    if kind.form == "groups":
+        return (tuple(order[:2]), tuple(order[2 : 2 + count]))[: 1 + position % 2]
+    some = order if position % 3 == 1 else order[:count]  # in one of three layers no expert keeps its width
+    return {e: (layer.width or 0) * n // (2 * len(some)) for n, e in enumerate(some)}
+
+
+@torch.no_grad()
+def walked(skeleton: Skeleton, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of a model by streaming."""
+    walk = Walk(skeleton, ids.numpy(), batch_size=2, store=ActivationStore(1 << 30))
+    with walk.ready():
+        walk.through_layers()
+        return torch.cat([walk.logits(number) for number in range(len(walk.batches))])
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether logits are equal to 1e-5 of the largest."""
+    return float((got - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
 @contextmanager
 def masked(model: Any, plan: Plan, stats: Stats) -> Any:
-    """The whole original model with its experts run by a loop over routes that answers constants where planned."""
+    """The whole original model with its experts run route by route, replaced ones as their kind says they answer."""
     replaced_modules = []
     for key, facts in stats.model.layers.items():
         experts = model.get_submodule(facts.name)
         gone = plan.replaced(key)
         own = experts.forward
 
-        def forward(hidden: Any, index: Any, weights: Any, own=own, gone=gone, key=key) -> Any:
+        def forward(
+            hidden: Any, index: Any, weights: Any, own=own, gone=gone, key=key, experts=experts, facts=facts
+        ) -> Any:
             out = torch.zeros_like(hidden)
-            for t in range(len(hidden)):
-                for e, w in zip(index[t].tolist(), weights[t]):
-                    if e in gone:
-                        y = torch.from_numpy(stats.layers[key].mean[e].astype(np.float32)).to(hidden.dtype)
-                    else:
-                        y = own(hidden[t : t + 1], torch.tensor([[e]]), torch.ones(1, 1, dtype=hidden.dtype))[0]
-                    out[t] += w * y
+            for e in range(facts.experts):
+                token, slot = (index == e).nonzero(as_tuple=True)
+                if not len(token):
+                    continue
+                if e in gone:
+                    entry, how = plan.layers[key][gone[e]], plan.how.get(gone[e], {})
+                    y = get_kind(gone[e]).reference(experts, hidden[token], e, entry, how, stats.layers[key])
+                else:
+                    y = torch.cat([own(x[None], torch.tensor([[e]]), torch.ones(1, 1)) for x in hidden[token]])
+                out.index_add_(0, token, weights[token, slot, None] * y.to(hidden.dtype))
             return out
 
         experts.forward = forward
@@ -175,17 +234,18 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-def declares(folder: Path) -> Any:
-    return declared_constants(json.loads((folder / "config.json").read_text()))
+def with_experts(model: Any, kept: dict[str, list[int]], reworked: Callable[[str, Any], Any] | None = None) -> Any:
+    """A model that has only these experts of each layer, by cutting the state dict in memory.
 
-
-def with_experts(model: Any, kept: dict[str, list[int]]) -> Any:
-    """A model that has only these experts of each layer, by cutting the state dict in memory."""
+    `reworked` is given a layer's key and its experts, and returns them with other weights.
+    """
     layers = find_moe_layers(model)
     state = dict(model.state_dict())
     for layer in layers:
         ids = torch.tensor(kept[layer.key])
-        for name, tensor in model.get_submodule(layer.name).named_parameters(recurse=False):
+        experts: Any = model.get_submodule(layer.name)
+        experts = reworked(layer.key, experts) if reworked else experts
+        for name, tensor in experts.named_parameters(recurse=False):
             state[f"{layer.name}.{name}"] = tensor[ids]
         for name in layer.router:
             state[name] = state[name].index_select(expert_dim(tuple(state[name].shape), layer.num_experts), ids)

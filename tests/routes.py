@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from understudy.facts import LayerFacts, ModelFacts
+from understudy.rehearsal import letters_of
 from understudy.stats import ExpertStats, Stats
 
 HIDDEN = 6
@@ -16,12 +18,21 @@ HIDDEN = 6
 
 @dataclass(frozen=True)
 class Routes:
-    """What one layer saw: `index` [T, K] experts, `gates` [T, K], and `outputs` [T, K, H] before the gate."""
+    """What one layer saw: `index` [T, K] experts, `gates` [T, K], and `outputs` [T, K, H] before the gate.
+
+    And what there was before them: `hidden` [T, H] that the routed experts add to, `logits` [T, E] of the router, and
+    `weights` [E, n] of the experts, rows `router` and `base_router` [E, n] of the router now and once.
+    """
 
     experts: int
     index: np.ndarray
     gates: np.ndarray
     outputs: np.ndarray
+    hidden: np.ndarray
+    logits: np.ndarray
+    weights: np.ndarray
+    router: np.ndarray
+    base_router: np.ndarray
 
     def of(self, expert: int) -> list[tuple[float, np.ndarray]]:
         """Return (gate, output) of every route to one expert."""
@@ -35,7 +46,14 @@ class Routes:
 
     def part(self, start: int, stop: int) -> Routes:
         """Return some of the tokens."""
-        return Routes(self.experts, self.index[start:stop], self.gates[start:stop], self.outputs[start:stop])
+        names = ("index", "gates", "outputs", "hidden", "logits")
+        return replace(self, **{name: getattr(self, name)[start:stop] for name in names})
+
+    def renamed(self, new: np.ndarray) -> Routes:
+        """Give expert i the name new[i]."""
+        old = np.argsort(new)
+        moved = {name: getattr(self, name)[old] for name in ("weights", "router", "base_router")}
+        return replace(self, index=new[self.index], logits=self.logits[:, old], **moved)
 
 
 def draw_routes(
@@ -47,7 +65,10 @@ def draw_routes(
     index = np.array([rng.choice(open_to, top_k, replace=False) for _ in range(tokens)]).reshape(tokens, top_k)
     # experts differ in size and drift, so that the scores disagree with each other
     outputs = rng.normal(size=(tokens, top_k, hidden)) * (1 + index[..., None] % 3) + 0.3 * index[..., None]
-    return Routes(experts, index, rng.random((tokens, top_k)), outputs)
+    gates = rng.random((tokens, top_k))
+    of_experts = [rng.normal(size=(experts, 7)) * (1 + rng.random((experts, 1))) for _ in range(3)]
+    hidden, logits = rng.normal(size=(tokens, hidden)), rng.normal(size=(tokens, experts)) * (1 + seed % 4)
+    return Routes(experts, index, gates, outputs, hidden, logits, *of_experts)
 
 
 def norm(vector: np.ndarray) -> float:
@@ -59,7 +80,7 @@ def sums_of(routes: Routes) -> ExpertStats:
     """Return the sums of a layer, expert by expert and route by route."""
     E, H = routes.experts, routes.outputs.shape[-1]
     names = ("count", "gate_sum", "gate_sq_sum", "norm_sum", "gated_norm_sum", "scatter", "weighted_scatter")
-    sums = {name: np.zeros(E) for name in names}
+    sums = {name: np.zeros(E) for name in (*names, "norm_sq_sum", "output_max")}
     mean, weighted_mean = np.zeros((E, H)), np.zeros((E, H))
     for e in range(E):
         found = routes.of(e)
@@ -70,12 +91,55 @@ def sums_of(routes: Routes) -> ExpertStats:
         sums["gate_sq_sum"][e] = sum(g * g for g, _ in found)
         sums["norm_sum"][e] = sum(norm(y) for _, y in found)
         sums["gated_norm_sum"][e] = sum(g * norm(y) for g, y in found)
+        sums["norm_sq_sum"][e] = sum(norm(y) ** 2 for _, y in found)
+        sums["output_max"][e] = max(abs(float(v)) for _, y in found for v in y)
         mean[e] = sum(y for _, y in found) / len(found)
         weighted_mean[e] = sum(g * g * y for g, y in found) / sum(g * g for g, _ in found)
         sums["scatter"][e] = sum(norm(y - mean[e]) ** 2 for _, y in found)
         sums["weighted_scatter"][e] = sum(g * g * norm(y - weighted_mean[e]) ** 2 for g, y in found)
     tokens = np.float64(len(routes.index))
-    return ExpertStats(tokens=tokens, mean=mean, weighted_mean=weighted_mean, **sums)
+    return ExpertStats(tokens=tokens, mean=mean, weighted_mean=weighted_mean, **sums, **_more_sums(routes))
+
+
+def _more_sums(routes: Routes) -> dict[str, np.ndarray]:
+    """Return sums over weights, over tokens, and over the sets that tokens chose."""
+    sets = Counter(tuple(sorted(row)) for row in routes.index.tolist())
+    shift = np.zeros(routes.experts)
+    for token, row in enumerate(routes.index.tolist()):
+        for slot, e in enumerate(row):
+            shift[e] += turn(routes, token) * routes.gates[token, slot] * norm(routes.outputs[token, slot])
+    return {
+        "weight_abs_sum": np.array([sum(abs(float(w)) for w in row) for row in routes.weights]),
+        "weight_sq_sum": np.array([norm(row) ** 2 for row in routes.weights]),
+        "weight_numel": np.float64(routes.weights.shape[1]),
+        "router_norm": np.array([norm(row) for row in routes.router]),
+        "base_router_norm": np.array([norm(row) for row in routes.base_router]),
+        "logit_norm_sum": np.float64(sum(norm(row) for row in routes.logits)),
+        "shift_norm_sum": shift,
+        "topk_sets": np.array(sorted(sets), np.int32).reshape(len(sets), routes.index.shape[1]),
+        "topk_counts": np.array([sets[row] for row in sorted(sets)], np.float64),
+    }
+
+
+def turn(routes: Routes, token: int) -> float:
+    """Return by how much the routed experts turn a token, max(0, 1 - cosine of before and after)."""
+    before = routes.hidden[token]
+    after = before + sum(g * y for g, y in zip(routes.gates[token], routes.outputs[token], strict=True))
+    return max(0.0, 1 - sum(float(a * b) for a, b in zip(before, after, strict=True)) / (norm(before) * norm(after)))
+
+
+def filled(stats: Stats, seed: int = 0) -> Stats:
+    """Give random values to all sums that are not there, for methods that read them; products are symmetric."""
+    rng, layers = np.random.default_rng(seed), {}
+    for key, layer in stats.layers.items():
+        facts = stats.model.layers[key]
+        lengths = {"E": facts.experts, "H": facts.hidden, "I": facts.width or 1, "P": 2**facts.experts}
+        drawn = {}
+        for name in (f.name for f in fields(ExpertStats) if getattr(layer, f.name) is None):
+            values = 1 + rng.random([lengths[x] for x in letters_of(name)])
+            drawn[name] = values @ values.T if letters_of(name) == "EE" else values
+        layers[key] = replace(layer, **drawn)
+    return replace(stats, layers=layers)
 
 
 def facts_of(layers: Mapping[str, Routes], groups: int = 1, source: str = "toy", **more: object) -> ModelFacts:

@@ -130,7 +130,11 @@ def test_spilled_activations_leave_nothing(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
-def test_a_resumed_run_gives_the_same_bits(source: Path, data: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("groups", [(), ("sets", "dense")])
+def test_a_resumed_run_gives_the_same_bits(
+    groups: tuple[str, ...], source: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TEXT, "collect", groups)
     calibrate(source, tmp_path / "whole.st", data=data, **TEXT)
 
     def interrupt(done: int, total: int) -> None:
@@ -194,6 +198,24 @@ def test_other_settings_start_anew_and_tidy_up(source: Path, data: str, tmp_path
     calibrate(source, tmp_path / "out.st", data=data, **TEXT, seed=9, progress=lambda done, total: seen.append(done))
     assert seen[0] == 0
     assert not small.beside(tmp_path / "out.st")
+
+
+def test_other_groups_are_another_run(source: Path, data: str, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    def note(done: int, total: int) -> None:
+        seen.append(done)
+
+    base, seen = shutil.copytree(source, tmp_path / "base"), []
+    for more in ({"collect": ("sets",)}, {"collect": ("dense",)}, {"dense_tokens": 5}, {"base": str(base)}):
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(source, tmp_path / "out.st", data=data, **TEXT, progress=interrupt)
+        seen.clear()
+        calibrate(source, tmp_path / "out.st", data=data, **TEXT, **more, progress=note)
+        assert seen[0] == 0, more
+        (tmp_path / "out.st").unlink()
 
 
 def test_one_run_for_one_output(source: Path, data: str, tmp_path: Path) -> None:

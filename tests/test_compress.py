@@ -9,22 +9,31 @@ import socket
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 import tiny
 import understudy
 from contract import tiny_folder
+from understudy.collectors.subsets import MOST
 from understudy.errors import DataError, OutputError, PlanError, StatsError, UnderstudyError
+from understudy.facts import ModelFacts
+from understudy.methods import Method, all_methods
 from understudy.plans import load_plan
+from understudy.ranking import planning_needs
 from understudy.recipe import Calibration, Selection
+from understudy.rehearsal import SUBSETS_OF, made_up
 from understudy.stages import compress as module
 from understudy.stages.compress import Compressed, compress
-from understudy.stats import file_hash
+from understudy.stages.select import make_plan
+from understudy.stats import EXTRA, ExpertStats, file_hash, load_stats
 
 CARD = """---
 license: apache-2.0
@@ -255,6 +264,96 @@ def test_several_processes_share_the_text(model: Path, data: Path, tmp_path: Pat
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
 
 
+# --- what a method needs is collected ---
+
+
+def test_collects_what_the_method_needs(model: Path, data: Path, tmp_path: Path) -> None:
+    compress(model, tmp_path / "out", data=data, method="shape", collect=("subsets",), **SETTINGS)
+    recipe = json.loads((tmp_path / "out" / "understudy" / "recipe.json").read_text())
+    assert recipe["calibration"]["collect"] == ["sets", "subsets"]
+    stats = load_stats(tmp_path / "out" / "understudy" / "stats.safetensors")
+    for layer in stats.layers.values():
+        assert layer.topk_counts.sum() == layer.tokens
+        assert layer.subset_loss.shape == (2**tiny.EXPERTS,)
+    plan = load_plan(tmp_path / "out" / "understudy" / "plan.yaml")
+    assert understudy.plan(stats, method="shape", ratio=0.5).plan.layers == plan.layers
+    assert "--collect sets --collect subsets" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_compares_with_a_base_checkpoint(model: Path, data: Path, tmp_path: Path) -> None:
+    base = tiny.make_model(tmp_path / "base", seed=1)
+    compress(model, tmp_path / "out", data=data, base=str(base), method="router_norm_change", **SETTINGS)
+    plan = load_plan(tmp_path / "out" / "understudy" / "plan.yaml")
+    now, then = load_file(model / "model.safetensors"), load_file(base / "model.safetensors")
+    for key in plan.layers:
+        name = f"model.layers.{key}.mlp.gate.weight"
+        change = np.linalg.norm(now[name].astype(float), axis=1) - np.linalg.norm(then[name].astype(float), axis=1)
+        assert set(plan.replaced(key)) == set(np.argsort(change)[: tiny.EXPERTS // 2].tolist())
+
+
+def test_reads_no_text_where_the_weights_are_enough(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress(model, tmp_path / "whole", data=data, method="aimer", **SETTINGS)
+    options = {"method": "aimer", "ratio": 0.5, "weights_only": True}
+    with pytest.raises(Stop):
+        compress(model, tmp_path / "out", progress=stop_at("write", 1), **options)
+    monkeypatch.setattr(module, "calibrate", lambda *_, **__: pytest.fail("calibrated again"))
+    compress(model, tmp_path / "out", **options)
+    plans = [load_plan(tmp_path / name / "understudy" / "plan.yaml") for name in ("whole", "out")]
+    assert plans[0].layers == plans[1].layers
+    assert "No text was read" in (tmp_path / "out" / "README.md").read_text()
+    assert "| notes | 4 |" in (tmp_path / "whole" / "README.md").read_text()
+    with pytest.raises(StatsError, match=r"method reap needs count, gated_norm_sum, .* so calibrate on text"):
+        compress(model, tmp_path / "other", method="reap", ratio=0.5, weights_only=True)
+    with pytest.raises(StatsError, match=r"method aimer needs mean, .* they are of the weights alone"):
+        compress(model, tmp_path / "other", method="aimer", kind="constant", ratio=0.5, weights_only=True)
+
+
+@pytest.mark.usefixtures("no_calibration")
+def test_a_missing_base_is_said_before_the_calibration(model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(StatsError, match="method router_norm_change needs --base MODEL, the checkpoint"):
+        compress(model, tmp_path / "out", data=data, method="router_norm_change", **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def facts(model: Path) -> ModelFacts:
+    found = understudy.inspect(model).facts
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("method", all_methods().values(), ids=lambda m: m.name)
+def test_every_method_can_be_rehearsed(method: Method, facts: ModelFacts) -> None:
+    for more in ({"ratio": 0.25}, {"size": str(facts.nbytes * 9 // 10)}, {"ratio": 0.25, "keep_super": True}):
+        selection = Selection(method=method.name, **more)
+        stats = made_up(facts, planning_needs(method, selection))
+        assert stats is not None
+        assert make_plan(stats, selection).expected_bytes < facts.nbytes
+
+
+def test_made_up_statistics_have_the_shapes_of_real_ones(
+    model: Path, data: Path, facts: ModelFacts, tmp_path: Path
+) -> None:
+    real = understudy.calibrate(
+        model, tmp_path / "stats", data=data, samples=4, seq_len=16, collect=EXTRA, dense_tokens=8, base=str(model)
+    )
+    every = [f.name for f in fields(ExpertStats)]
+    made = made_up(facts, every)
+    assert made is not None
+    for key, layer in real.layers.items():
+        sizes = made.layers[key].arrays()
+        assert set(layer.arrays()) <= set(sizes) == set(every)
+        for name, value in layer.arrays().items():
+            skipped = 1 if name.startswith("topk") else 0  # how many sets there are
+            assert value.shape[skipped:] == sizes[name].shape[skipped:], name
+    unknown = {key: layer.model_copy(update={"width": None}) for key, layer in facts.layers.items()}
+    narrow = facts.model_copy(update={"layers": unknown})
+    assert made_up(narrow, ["activation_sum"]) is None
+    assert made_up(narrow, ["dense_sum"]) is not None
+    assert SUBSETS_OF == MOST
+
+
 # --- what fails fails early ---
 
 
@@ -273,6 +372,9 @@ def no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"ratio": 0.99}, "at least one"),
         ({"ratio": 0.9, "method": "reap"}, "top-k"),
         ({"ratio": 0.5, "method": "magic"}, "no method"),
+        ({"ratio": 0.5, "keep_layers": "0,7"}, "no MoE layer 7; those that it has are 0-2"),
+        ({"ratio": 0.5, "method": "shape", "keep_layers": "0"}, "--keep-layers would leave layer 0 with more experts"),
+        ({"ratio": 0.5, "method": "mone", "scope": "mass"}, "does not select by mass"),
         ({"ratio": 0.5, "kind": "magic"}, "no kind"),
         ({"ratio": 0.5, "method": "reap", "scope": "model"}, "--scope model"),
         ({"size": "1KB"}, "out of reach"),

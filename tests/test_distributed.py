@@ -1,4 +1,4 @@
-"""Two processes, as torchrun starts them, give the statistics of one."""
+"""Two processes, as torchrun starts them, give the statistics of one, gradients among them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import small
 from understudy.stages.calibrate import calibrate
 from understudy.stats import load_stats
 
-# Each process stops elsewhere in layer 2, as if killed: the first has it on disk, the other has not.
+# Each process stops elsewhere in layer 2, forth or back, as if killed: the first has it on disk, the other has not.
 SCRIPT = """
 import os, sys
 import torch
@@ -19,10 +19,10 @@ from understudy.activations import ActivationStore
 from understudy.processes import Processes
 from understudy.stages.calibrate import calibrate
 
-model, data, undisturbed, interrupted = sys.argv[1:]
+model, data, undisturbed, forth, back = sys.argv[1:]
 rank = int(os.environ["RANK"])
 torch.set_num_threads(1)
-options = dict(data=data, samples=5, seq_len=16, batch_size=1)
+options = dict(data=data, samples=5, seq_len=16, batch_size=1, collect=("gradients",))
 
 
 class Killed(BaseException):
@@ -47,17 +47,18 @@ def run(out):
     return seen
 
 
-assert run(undisturbed) == [0, 1, 2, 3, 4]
-owner, name = (Processes, "wait") if rank == 0 else (ActivationStore, "commit")
-own = getattr(owner, name)
-setattr(owner, name, dying(own, 2))
-try:
-    run(interrupted)
-except Killed:
-    setattr(owner, name, own)
-else:
-    raise AssertionError("ran through")
-assert run(interrupted) == [2, 3, 4]
+assert run(undisturbed) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+for interrupted, after, left in ((forth, 2, [2, 3, 4, 5, 6, 7, 8]), (back, 6, [4, 6, 7, 8])):
+    owner, name = (Processes, "wait") if rank == 0 else (ActivationStore, "commit")
+    own = getattr(owner, name)
+    setattr(owner, name, dying(own, after))
+    try:
+        run(interrupted)
+    except Killed:
+        setattr(owner, name, own)
+    else:
+        raise AssertionError("ran through")
+    assert run(interrupted) == left
 print(f"rank {rank} of {torch.distributed.get_world_size()} done", flush=True)
 torch.distributed.destroy_process_group()
 """
@@ -73,8 +74,9 @@ def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_two_processes_give_the_statistics_of_one(tmp_path: Path) -> None:
     model, data = small.model_folder(tmp_path / "model"), small.text_file(tmp_path / "text.txt")
-    one = calibrate(model, tmp_path / "one.safetensors", data=data, samples=5, seq_len=16, batch_size=1)
-    script, out = tmp_path / "run.py", [tmp_path / "out" / "undisturbed", tmp_path / "out" / "interrupted"]
+    options = {"data": data, "samples": 5, "seq_len": 16, "batch_size": 1, "collect": ("gradients",)}
+    one = calibrate(model, tmp_path / "one.safetensors", **options)
+    script, out = tmp_path / "run.py", [tmp_path / "out" / name for name in ("undisturbed", "forth", "back")]
     script.write_text(SCRIPT)
     done = launch(script, model, data, *out)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -83,5 +85,5 @@ def test_two_processes_give_the_statistics_of_one(tmp_path: Path) -> None:
         two = load_stats(path)
         small.assert_close(two.layers, one.layers, 1e-6)
         assert (two.data, two.model.fingerprint) == (one.data, one.model.fingerprint)
-    assert out[0].read_bytes() == out[1].read_bytes()
-    assert {p.name for p in out[0].parent.iterdir()} == {"undisturbed", "interrupted"}
+    assert out[0].read_bytes() == out[1].read_bytes() == out[2].read_bytes()
+    assert {p.name for p in out[0].parent.iterdir()} == {"undisturbed", "forth", "back"}

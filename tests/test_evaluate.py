@@ -166,7 +166,8 @@ def test_neither_chunks_nor_spilling_nor_batches_change_the_figures(
     perturbed: Path, original: Path, data: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(perturbed, against=original, data=data, **TEXT)
-    monkeypatch.setattr(quality, "_CHUNK_BYTES", 8 * 96 * 5)  # 2 positions of a batch of 2
+    monkeypatch.setattr(quality, "_CHUNK_BYTES", 4 * 2 * 96 * 5)  # 5 positions of a batch of 2
+    monkeypatch.setattr(quality, "_PIECE_BYTES", 4 * 2 * 96 * 2)
     pieces = evaluate(perturbed, against=original, data=data, **(TEXT | {"batch_size": 2}), activation_memory="1KB")
     assert pieces.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
     assert pieces.kl_by_source == pytest.approx(whole.kl_by_source, rel=1e-5)
@@ -176,8 +177,24 @@ def test_neither_chunks_nor_spilling_nor_batches_change_the_figures(
 def test_masked_vocabulary_does_not_spoil_the_divergence() -> None:
     logits = torch.randn(1, 4, 10, generator=torch.Generator().manual_seed(0))
     logits[..., 7] = -math.inf
-    p = quality._log_probabilities(logits)
+    p = logits.log_softmax(-1)
     assert quality._divergence(p, p).tolist() == [0.0]
+    q = torch.randn(1, 4, 10, generator=torch.Generator().manual_seed(1)).log_softmax(-1)  # masks nothing
+    rest = torch.arange(10) != 7
+    expected = (p.exp() * (p - q))[..., rest].sum((1, 2))
+    assert quality._divergence(p, q).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    assert quality._divergence(q, p).tolist() == [math.inf]
+
+
+@pytest.mark.parametrize(("step", "error"), [(1e-3, 1e-4), (0.1, 1e-6)])
+def test_the_divergence_of_close_models_is_exact_in_float32(step: float, error: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(1, 50, 5000, generator=generator)
+    moved = logits + step * torch.randn(logits.shape, generator=generator)
+    p, q = (x.double().log_softmax(-1) for x in (logits, moved))
+    expected = (p.exp() * (p - q)).sum((1, 2))
+    got = quality._divergence(logits.log_softmax(-1), moved.log_softmax(-1))
+    assert got.tolist() == pytest.approx(expected.tolist(), rel=error)
 
 
 def test_progress_names_both_walks(original: Path, data: tuple[str, str]) -> None:
@@ -187,6 +204,7 @@ def test_progress_names_both_walks(original: Path, data: tuple[str, str]) -> Non
         ("walk model", LAYERS, LAYERS),
         ("walk original", LAYERS, LAYERS),
         ("predict", 2, 2),
+        ("examples", 1, 1),
     ]
 
 

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import small
 import zoo
 from contract import calibrated, one_expert, plan_of, tensors_of
-from understudy.experts import StandInExperts, install_constants
+from understudy.channels import sliced
+from understudy.experts import StandInExperts, copied, install
 from understudy.stages.apply import apply
+from understudy.standins import StandIn, impossible
 
 REPLACED = (0, 3, 4)
 KEPT = tuple(e for e in range(zoo.EXPERTS) if e not in REPLACED)
@@ -34,7 +36,7 @@ def experts_of(model_type: str, implementation: str = "grouped_mm") -> tuple[Any
     model.set_experts_implementation(implementation)
     whole = next(m for m in model.modules() if getattr(m, "num_experts", 0) == zoo.EXPERTS and hasattr(m, "down_proj"))
     cut = copy.deepcopy(whole)
-    install_constants(cut, REPLACED, zoo.EXPERTS)
+    install(cut, {e: StandIn("constant-v1") for e in REPLACED}, zoo.EXPERTS)
     with torch.no_grad():
         cut.constants.normal_(generator=torch.Generator().manual_seed(3))
     return whole, cut
@@ -120,11 +122,100 @@ def test_kept_experts_answer_bit_for_bit() -> None:
 def test_one_expert_may_be_all_that_is_left() -> None:
     model = zoo.tiny_model("olmoe")
     cut = model.model.layers[1].mlp.experts
-    install_constants(cut, range(1, zoo.EXPERTS), zoo.EXPERTS)
+    install(cut, {e: StandIn("constant-v1") for e in range(1, zoo.EXPERTS)}, zoo.EXPERTS)
     out = model(input_ids=torch.arange(5, 15)[None], labels=torch.arange(5, 15)[None])
     out.loss.backward()
     assert cut.constants.shape == (zoo.EXPERTS - 1, zoo.HIDDEN)
     assert cut.constants.grad.abs().sum() > 0
+
+
+MIXED = {
+    0: StandIn("constant-v1"),
+    1: StandIn("merged-v1", into=6),
+    2: StandIn("slim-v1", width=10, constant=True),
+    3: StandIn("slim-v1", width=5),
+    4: StandIn("absent-v1"),
+    6: StandIn("merged-v1", into=6),
+}
+NARROW = {e: StandIn("slim-v1", width=9 if e % 2 else 4, constant=e == 5) for e in range(zoo.EXPERTS)}
+
+
+@pytest.mark.parametrize("stand_ins", [MIXED, NARROW], ids=["mixed", "no full expert"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("model_type", ["olmoe", "gpt_oss", "nemotron_h", "muse_spark", "qwen3_vl_moe"])
+def test_every_form_of_stand_in(model_type: str, implementation: str, stand_ins: dict[int, StandIn]) -> None:
+    whole, _ = experts_of(model_type, implementation)
+    cut = copied(whole)
+    install(cut, stand_ins, zoo.EXPERTS)
+    assert whole.down_proj.shape[0] == zoo.EXPERTS
+    for name, parameter in whole.named_parameters(recurse=False):
+        assert cut.get_parameter(name).shape != parameter.shape, "stock loaders must find another shape"
+    size = whole.down_proj.shape[2 if getattr(whole, "is_transposed", False) else 1]
+    hidden, index, gates = routes(list(range(zoo.EXPERTS)), top_k=4)
+    hidden = torch.randn(len(hidden), size, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        if cut.constants is not None:
+            cut.constants.normal_(generator=torch.Generator().manual_seed(3))
+        got = cut(hidden, index, gates)
+        expected = torch.zeros_like(got)
+        for token, (x, chosen) in enumerate(zip(hidden, index.tolist(), strict=True)):
+            for expert, gate in zip(chosen, gates[token], strict=True):
+                expected[token] += gate * alone(whole, cut, x, expert, stand_ins.get(expert))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    pairs = {tuple(sorted(chosen)) for chosen in index.tolist()}
+    assert any({1, 6} <= set(chosen) for chosen in pairs), "two of a merged group, chosen by one token"
+    seen = torch.bincount(index.reshape(-1), minlength=zoo.EXPERTS)
+    both = sum({1, 6} <= set(chosen) for chosen in index.tolist()) if stand_ins is MIXED else 0
+    assert int(seen.sum() - cut.chosen(index).sum()) == both
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_every_stand_in_learns(implementation: str) -> None:
+    """Also experts of fewer neurons that no token of the batch chose: processes that train together wait for theirs."""
+    model = zoo.tiny_model("olmoe").train()
+    model.set_experts_implementation(implementation)
+    for layer in model.model.layers:
+        install(layer.mlp.experts, MIXED, zoo.EXPERTS)
+    ids = torch.arange(5, 8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    slim = {name: p.grad for name, p in model.named_parameters() if ".slim." in name}
+    assert len(slim) == zoo.LAYERS * 2 * 2
+    assert all(grad is not None and grad.isfinite().all() for grad in slim.values())
+    assert any(grad.any() for grad in slim.values())
+    assert any(not grad.any() for grad in slim.values()), "too many tokens to say anything about experts not chosen"
+
+
+def alone(whole: Any, cut: Any, x: Tensor, expert: int, stand_in: StandIn | None) -> Tensor:
+    """What one expert answers one token, by what it has become."""
+    if stand_in is None:
+        return one_expert(whole, x, expert)
+    answer = torch.zeros_like(x)
+    if stand_in.into is not None:
+        answer = one_expert(whole, x, stand_in.into)
+    if stand_in.width is not None:
+        narrow = sliced(whole, [expert], torch.arange(stand_in.width)[None])
+        answer = one_expert(narrow, x, 0)
+    if stand_in.constant:
+        answer = answer + cut.constants[cut.constant_row(expert)]
+    return answer
+
+
+def test_forms_that_do_not_fit() -> None:
+    merged, constant = StandIn("merged-v1", into=1), StandIn("constant-v1")
+    assert impossible({0: merged, 1: merged}, 8) is None
+    assert "expert 9 is not one of the 8" in str(impossible({9: constant}, 8))
+    assert "expert 0 is merged into 1, which is no" in str(impossible({0: merged}, 8))
+    assert "expert 0 is merged into 1, which is no" in str(impossible({0: merged, 1: constant}, 8))
+    assert "no expert keeps any weights" in str(impossible(dict.fromkeys(range(8), constant), 8))
+    assert "stands for itself alone" in str(impossible({1: merged}, 8))
+    assert "no stand-in is named" in str(impossible({}, 8))
+    for wrong in ({"into": 1}, {"width": 3}):
+        with pytest.raises(ValueError, match="not a form of stand-in"):
+            StandIn("constant-v1", **wrong)
+    with pytest.raises(ValueError, match="not a form of stand-in"):
+        StandIn("slim-v1", width=0)
+    with pytest.raises(ValueError, match="not a form of stand-in"):
+        StandIn("low-rank-v1")
 
 
 def test_copies_are_independent() -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import understudy
 from contract import tensors_of
 from understudy.data import token_blocks
-from understudy.loading import declared_constants
+from understudy.standins import declared
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo"
 TEXT = {"samples": 12, "seq_len": 128, "seed": 3}
@@ -95,7 +95,7 @@ def names_of_novices(folder: Path) -> dict[str, dict[int, str]]:
     import json
 
     config = json.loads((folder / "config.json").read_text())
-    assert declared_constants(config)
+    assert declared(config)
     targets = config["compression_config"]["transform_config"]["expert_substitution"]["targets"]
     return {
         module.split(".")[2]: {int(e): r["tensors"]["value"] for e, r in target["replacements"].items()}

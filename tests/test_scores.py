@@ -8,6 +8,8 @@ import math
 import re
 import subprocess
 import sys
+import time
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,13 +17,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from routes import Routes, draw_routes, facts_of, norm, stats_of, sums_of
+from routes import Routes, draw_routes, facts_of, norm, stats_of, sums_of, turn
 from understudy import registry
 from understudy.errors import NumericError, PlanError, StatsError
 from understudy.recipe import Selection
 from understudy.scores import Score, all_scores, get_score, score_layers
+from understudy.scores.shape import _same_rows as same_rows
 from understudy.stats import ExpertStats, Stats, file_hash, load_stats
+from understudy.sums import group_of
+from understudy.sums import required_fields as required
 
+REQUIRED = required()
 SETTINGS = Selection(ratio=0.5)
 
 
@@ -55,10 +61,61 @@ def slow_ean(routes: Routes, expert: int) -> float:
     return sum((norm(y) for _, y in routes.of(expert)), 0.0)
 
 
-def slow_ean_mean(routes: Routes, expert: int) -> float:
+def slow_man(routes: Routes, expert: int) -> float:
     """Mean of norms without the gate."""
     found = routes.of(expert)
     return slow_ean(routes, expert) / len(found) if found else 0.0
+
+
+def slow_msan(routes: Routes, expert: int) -> float:
+    """Mean of squared norms without the gate."""
+    found = routes.of(expert)
+    return sum(norm(y) ** 2 for _, y in found) / len(found) if found else 0.0
+
+
+def slow_gate(routes: Routes, expert: int) -> float:
+    """Mean over all tokens of the gate, 0 where the token did not choose the expert."""
+    return sum((g for g, _ in routes.of(expert)), 0.0) / len(routes.index)
+
+
+def slow_lightmoe(routes: Routes, expert: int) -> float:
+    """Sum of gates over the sums of all experts."""
+    each = [sum((g for g, _ in routes.of(e)), 0.0) for e in range(routes.experts)]
+    return each[expert] / sum(each)
+
+
+def slow_easy_ep(routes: Routes, expert: int) -> float:
+    """Sum over tokens of s_t g |y|, s_t by how much the routed experts turn the token."""
+    total = 0.0
+    for t, row in enumerate(routes.index.tolist()):
+        for k, e in enumerate(row):
+            if e == expert:
+                total += turn(routes, t) * float(routes.gates[t, k]) * norm(routes.outputs[t, k])
+    return total
+
+
+def slow_aimer(routes: Routes, expert: int) -> float:
+    """Minus mean|w| / rms(w): the paper prunes the largest ratio."""
+    weights = [float(w) for w in routes.weights[expert]]
+    rms = math.sqrt(sum(w * w for w in weights) / len(weights))
+    return -(sum(abs(w) for w in weights) / len(weights)) / rms
+
+
+def slow_router_norm_change(routes: Routes, expert: int) -> float:
+    """Norm of the router's row now, less the norm it had in the base checkpoint, with its sign."""
+    return norm(routes.router[expert]) - norm(routes.base_router[expert])
+
+
+def slow_shape(routes: Routes, expert: int) -> float:
+    """v(A), N_iA and a_i with sets, to the letter."""
+    seen = [frozenset(row) for row in routes.index.tolist()]
+    v = {A: seen.count(A) for A in set(seen)}
+    mine = [A for A in v if expert in A]
+    if not mine:
+        return 0.0
+    N = {A: sum(A - {expert} <= B for B in v) for A in mine}
+    a = min(v[A] / N[A] for A in mine)
+    return max(0.0, sum((v[A] - a * N[A]) / len(A) for A in mine) / len(mine))
 
 
 REFERENCES = {
@@ -66,8 +123,19 @@ REFERENCES = {
     "reap": slow_reap,
     "frequency": slow_frequency,
     "ean": slow_ean,
-    "ean_mean": slow_ean_mean,
+    "man": slow_man,
+    "msan": slow_msan,
+    "gate": slow_gate,
+    "lightmoe": slow_lightmoe,
+    "easy_ep": slow_easy_ep,
+    "aimer": slow_aimer,
+    "router_norm_change": slow_router_norm_change,
+    "shape": slow_shape,
 }
+
+
+def test_every_score_but_random_has_a_reference() -> None:
+    assert set(all_scores()) - set(REFERENCES) == {"random"}
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -94,6 +162,47 @@ def test_mone_can_take_the_gate_over_routed_tokens_only() -> None:
     np.testing.assert_allclose(got, want, rtol=1e-12)
     assert got[2] == 0
     assert not np.allclose(got, score_layers(get_score("mone"), stats_of({"0": routes}), SETTINGS).layers["0"])
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(6, 3), (9, 4), (300, 2), (5, 1), (4, 4)])
+def test_shape_with_many_sets(experts: int, top_k: int) -> None:
+    routes = draw_routes(tokens=150, experts=experts, top_k=top_k, seed=experts, silent=(1,) if top_k < experts else ())
+    got = score_layers(get_score("shape"), stats_of({"0": routes}), SETTINGS).layers["0"]
+    np.testing.assert_allclose(got, [slow_shape(routes, e) for e in range(experts)], rtol=1e-12, atol=1e-12)
+    # one set for each expert, or one of all, owes nothing to any expert in particular
+    assert (got > 0).any() == (1 < top_k < experts)
+
+
+def test_shape_takes_seconds_on_real_sizes() -> None:
+    tokens, experts, top_k = 65_536, 128, 8
+    rng = np.random.default_rng(0)
+    sets = np.sort(np.argpartition(rng.random((tokens, experts)), top_k, axis=1)[:, :top_k], axis=1)
+    sets, counts = np.unique(sets, axis=0, return_counts=True)
+    stats = ExpertStats(**dict.fromkeys(REQUIRED), topk_sets=sets, topk_counts=counts.astype(float))
+    facts = facts_of({"0": draw_routes(tokens=1, experts=experts, top_k=top_k)})
+    started = time.process_time()
+    values = score_layers(get_score("shape"), Stats(facts, {}, {"0": stats}), SETTINGS).layers["0"]
+    assert time.process_time() - started < 10
+    assert values.shape == (experts,)
+
+
+@pytest.mark.parametrize("base", [7, 2**20, 2**40])
+def test_rows_are_told_apart_however_many_digits_they_have(base: int) -> None:
+    rng = np.random.default_rng(1)
+    rows = rng.integers(0, 3, (200, 6)) * (base // 3)
+    where, numbers = same_rows(rows, base)
+    want = Counter(map(tuple, rows.tolist()))
+    assert [numbers[at] for at in where] == [want[tuple(row)] for row in rows.tolist()]
+    first = {at: tuple(row) for at, row in zip(where, rows.tolist(), strict=True)}
+    assert [first[at] for at in where] == [tuple(row) for row in rows.tolist()]
+
+
+def test_an_expert_of_zeros_is_spared_least_by_aimer() -> None:
+    routes = draw_routes(seed=3)
+    weights = routes.weights.copy()
+    weights[2] = 0
+    values = score_layers(get_score("aimer"), stats_of({"0": replace(routes, weights=weights)}), SETTINGS).layers["0"]
+    assert values.argmin() == 2 and values[2] == -1
 
 
 def test_random_follows_the_seed_and_the_place_of_the_layer() -> None:
@@ -141,19 +250,21 @@ class TestEveryScore:
             pytest.skip("drawn by position")
         routes = draw_routes(seed=6)
         new = np.random.default_rng(0).permutation(routes.experts)
-        moved = score_layers(score, stats_of({"0": replace(routes, index=new[routes.index])}), SETTINGS).layers["0"]
+        moved = score_layers(score, stats_of({"0": routes.renamed(new)}), SETTINGS).layers["0"]
         np.testing.assert_allclose(moved[new], score_layers(score, stats_of({"0": routes}), SETTINGS).layers["0"])
 
     def test_ranks_an_expert_that_saw_no_token_lowest(self, score: Score) -> None:
-        if not score.needs:
-            pytest.skip("does not look at the statistics")
-        values = score_layers(score, stats_of({"0": draw_routes(silent=(4,))}), SETTINGS).layers["0"]
+        if {group_of(name) for name in score.needs} <= {"weights", "base"}:
+            pytest.skip("does not look at the routes")
+        values = score_layers(score, stats_of({"0": draw_routes(tokens=200, silent=(4,))}), SETTINGS).layers["0"]
         assert values[4] == 0
         assert (np.delete(values, 4) > 0).all()
 
 
 def test_an_unknown_score_suggests_the_nearest() -> None:
-    with pytest.raises(PlanError, match=r"no score is named 'frequence' \(did you mean 'frequency'\?\); there is ean"):
+    with pytest.raises(
+        PlanError, match=r"no score is named 'frequence' \(did you mean 'frequency'\?\); there is aimer, ean"
+    ):
         get_score("frequence")
 
 

@@ -20,12 +20,15 @@ _COMMANDS = {
     "inspect": "understudy.stages.inspect",
     "calibrate": "understudy.stages.calibrate",
     "plan": "understudy.stages.select",
+    "search": "understudy.stages.search",
     "show": "understudy.stages.review",
     "check": "understudy.stages.review",
     "diff": "understudy.stages.review",
     "apply": "understudy.stages.apply",
     "compress": "understudy.stages.compress",
     "eval": "understudy.stages.evaluate:evaluate",  # not to hide the builtin there
+    "compare": "understudy.stages.compare",
+    "report": "understudy.reports",
 }
 _WATCHED = "transformers.modeling_utils"
 
@@ -76,10 +79,13 @@ __all__ = [
     "apply",
     "calibrate",
     "check",
+    "compare",
     "compress",
     "diff",
     "eval",
     "inspect",
     "plan",
+    "report",
+    "search",
     "show",
 ]

@@ -54,9 +54,11 @@ class ActivationStore:
         self._last: Path | None = None
 
     def put(self, number: int, output: Any) -> None:
-        """Take the output (any nest of tensors) of a batch for the layer that is being walked."""
+        """Take the output (any nest of tensors) of a batch for the layer that is being walked; the last one counts."""
+        if not isinstance(earlier := self._written.pop(number, Path()), Path):
+            self._held -= _bytes_of(earlier)
         moved = pytree.tree_map(lambda x: x.to("cpu") if isinstance(x, torch.Tensor) else x, output)
-        size = sum(t.nbytes for t in pytree.tree_leaves(moved) if isinstance(t, torch.Tensor))
+        size = _bytes_of(moved)
         # What is read and what is written live side by side, hence the factor.
         if 2 * (self._held + size) <= self.limit:
             self._held += size
@@ -141,6 +143,10 @@ def _disk(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{path}: activations cannot be written ({reason(error)}); free some space there") from None
+
+
+def _bytes_of(value: Any) -> int:
+    return sum(t.nbytes for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
 
 
 def _name(number: int) -> str:

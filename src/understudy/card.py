@@ -89,15 +89,17 @@ How much quality this cost is not measured here: `understudy eval {shlex.quote(s
         drawn = [f"| {name} | {blocks} |" for name, blocks in self.data.get("blocks", {}).items()]
         notes = [f"- {note}" for note in self.notes]
         steps = "\n".join(self.commands)
-        return f"""\
-## How it was made
-
+        text = f"""\
 Calibration text, in blocks of {self.data.get("seq_len")} tokens drawn with seed {self.data.get("seed")}:
 
 | source | blocks |
 |---|---|
 {chr(10).join(drawn)}
+"""
+        return f"""\
+## How it was made
 
+{"No text was read: the method needs the weights alone." if self.data.get("weights_only") else text}
 {chr(10).join([*notes, ""]) if notes else ""}
 To make it again:
 

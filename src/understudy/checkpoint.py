@@ -11,49 +11,19 @@ import json
 import math
 import os
 from collections import defaultdict
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from understudy.errors import CheckpointError
+from understudy.weights import DTYPES as DTYPES
+from understudy.weights import SUPPORTED as SUPPORTED
+from understudy.weights import TensorEntry as TensorEntry
+from understudy.weights import Weights as Weights
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E5M2": ("float8_e5m2", 1),
-    "F8_E8M0": ("float8_e8m0fnu", 1),
-}
-SUPPORTED = "float32, bfloat16 or float16"  # of weights, for people
 _SAMPLE = 32  # bytes at each place of a tensor that enters the fingerprint
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a checkpoint: where it lies, `dtype` as safetensors spells it, `start` and `nbytes` in bytes."""
-
-    name: str
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return self.nbytes // DTYPES[self.dtype][1]
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -106,7 +76,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-class Checkpoint:
+class Checkpoint(Weights):
     """A model folder on disk, opened for reading; no weight is read before it is asked for.
 
     Raises:
@@ -166,26 +136,16 @@ class Checkpoint:
         return files
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(e.nbytes for e in self.entries.values())
-
-    @property
     def other_files(self) -> list[Path]:
         """Files beside the weights and config.json that belong to the model (tokenizer, generation config, ...)."""
-        weights = set(self._files()) | {INDEX, "config.json", "README.md"}
+        weights = set(self._files()) | {INDEX, "config.json", "README.md", "report.html"}
         ours = (p for p in sorted(self.folder.iterdir()) if p.is_file() and p.name not in weights)
         foreign = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".pkl", ".pickle")
         kept = [p for p in ours if not p.name.startswith(".") and p.suffix not in foreign and ".index." not in p.name]
         return kept + sorted((self.folder / "additional_chat_templates").glob("*.jinja"))
 
-    def raw(self, entry: TensorEntry, start: int = 0, nbytes: int | None = None) -> bytearray:
-        """Read the bytes of one tensor, or a part of them."""
-        buffer = bytearray(entry.nbytes - start if nbytes is None else nbytes)
-        self._fill(entry, start, memoryview(buffer))
-        return buffer
-
-    def _fill(self, entry: TensorEntry, start: int, view: memoryview) -> None:
+    def fill(self, entry: TensorEntry, start: int, view: memoryview) -> None:
+        """Read from the shard."""
         path, done, wanted = self.folder / entry.file, 0, len(view)
         try:
             with path.open("rb", buffering=0) as f:
@@ -197,30 +157,6 @@ class Checkpoint:
                     done += got
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-
-    def read(self, name: str) -> Any:
-        """Read one tensor as a `torch.Tensor` of its own dtype and shape."""
-        import torch
-
-        entry = self.entries[name]
-        dtype = getattr(torch, DTYPES[entry.dtype][0])
-        if not entry.nbytes:
-            return torch.empty(entry.shape, dtype=dtype)
-        return torch.frombuffer(self.raw(entry), dtype=dtype).reshape(entry.shape)
-
-    def read_into(self, name: str, out: Any) -> None:
-        """Read one tensor into a contiguous CPU `torch.Tensor` of its shape, converting to the dtype of `out`."""
-        import torch
-
-        entry = self.entries[name]
-        if getattr(torch, DTYPES[entry.dtype][0]) == out.dtype:
-            self._fill(entry, 0, memoryview(out.view(torch.uint8).numpy()).cast("B"))
-        else:
-            out.copy_(self.read(name))
-
-    def lazy(self, name: str) -> LazyTensor:
-        """A tensor that is read when it is indexed, as transformers' loader expects of a safetensors slice."""
-        return LazyTensor(self, name)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -255,24 +191,6 @@ def _sample(file: BinaryIO, entry: TensorEntry) -> bytes:
         file.seek(entry.start + start)
         found += file.read(min(size, entry.nbytes - start))
     return found
-
-
-class LazyTensor:
-    """Looks like a safetensors slice: `x[...]` reads it, `get_dtype` and `get_shape` do not."""
-
-    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
-        self._checkpoint, self._name = checkpoint, name
-
-    def __getitem__(self, item: Any) -> Any:
-        return self._checkpoint.read(self._name)[item]
-
-    def get_dtype(self) -> str:
-        """Dtype as safetensors spells it."""
-        return self._checkpoint.entries[self._name].dtype
-
-    def get_shape(self) -> list[int]:
-        """Shape."""
-        return list(self._checkpoint.entries[self._name].shape)
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:

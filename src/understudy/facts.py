@@ -31,6 +31,9 @@ class LayerFacts(BaseModel):
     width: int | None = None  # of an expert, None where its weights do not tell
     channel_bytes: int = 0  # of one neuron of an expert: its rows of gate and up, its column of down, its biases
     router_row_bytes: int = 0  # everything outside the experts that goes with one removed expert
+    block_bytes: int = 0  # of the whole MoE sublayer: experts, router, shared experts
+    block_stays: str | None = None  # why the sublayer cannot be left out, None where it can
+    decoder_bytes: int = 0  # of the whole decoder layer
     removable: str | None = None  # why experts cannot be removed with their router rows, None where they can
     element_bytes: int  # of one element of a stand-in, which is stored in the experts' own dtype
 

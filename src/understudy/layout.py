@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
 
-from understudy.checkpoint import DTYPES, Checkpoint
+from understudy.channels import channel_bytes, channel_width
+from understudy.checkpoint import DTYPES, Weights
 from understudy.errors import UnsupportedModelError
 from understudy.facts import LayerFacts, ModelFacts
 from understudy.moe import MoELayer
@@ -83,6 +87,7 @@ def model_facts(skeleton: Skeleton, source: str) -> ModelFacts:
         found = expert_tensors(skeleton, layer)
         mine = [entries[key] for key in found.all_experts]
         rows = [entries[key] for key in found.router]
+        width, of_channel = _channels(skeleton, layer)
         layers[layer.key] = LayerFacts(
             name=layer.name,
             experts=layer.num_experts,
@@ -92,6 +97,11 @@ def model_facts(skeleton: Skeleton, source: str) -> ModelFacts:
             top_groups=layer.top_groups,
             expert_params=sum(e.numel for e in mine) // layer.num_experts,
             expert_bytes=sum(e.nbytes for e in mine) // layer.num_experts,
+            width=width,
+            channel_bytes=of_channel,
+            block_bytes=sum(entries[key].nbytes for key in block_keys(skeleton, layer)),
+            block_stays=why_block_stays(skeleton, layer),
+            decoder_bytes=sum(entries[key].nbytes for key in skeleton.keys[layer.index]),
             router_row_bytes=sum(e.nbytes for e in rows) // layer.num_experts,
             removable=layer.removable,
             element_bytes=DTYPES[mine[0].dtype][1],
@@ -107,7 +117,45 @@ def model_facts(skeleton: Skeleton, source: str) -> ModelFacts:
     )
 
 
-def expert_dtype(checkpoint: Checkpoint, tensors: ExpertTensors) -> str:
+def block_keys(skeleton: Skeleton, layer: MoELayer) -> list[str]:
+    """Checkpoint tensors of a MoE sublayer: experts, router, and shared experts that lie in it."""
+    return [key for key, target in skeleton.targets.items() if target.startswith(layer.block + ".")]
+
+
+def why_block_stays(skeleton: Skeleton, layer: MoELayer) -> str | None:
+    """Say why a MoE sublayer cannot be left out, or None where the stream may pass it by."""
+    block = skeleton.model.get_submodule(layer.block)
+    if layer.block == f"{skeleton.stack}.{layer.index}":
+        return "its experts lie directly in the decoder layer, there is no sublayer to leave out"
+    tree = ast.parse(textwrap.dedent(inspect.getsource(type(block).forward)))
+    if any(isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) for node in ast.walk(tree)):
+        return f"{type(block).__name__} hands on more than its output"
+    if guard_of(skeleton, layer) is None:
+        return "its router has no matrix of a row for each expert"
+    return None
+
+
+def guard_of(skeleton: Skeleton, layer: MoELayer) -> str | None:
+    """The router's matrix, which an absent sublayer leaves behind empty: at its shape, stock loaders stop."""
+    return next((name for name in layer.router if skeleton.get(name).dim() == 2), None)
+
+
+def _channels(skeleton: Skeleton, layer: MoELayer) -> tuple[int | None, int]:
+    """Return the neurons of an expert and the bytes of one in the checkpoint; None and 0 where they are not told."""
+    experts = skeleton.model.get_submodule(layer.name)
+    sizes: dict[str, int] = {}
+    for key, target in skeleton.targets.items():
+        block, _, name = target.rpartition(".")
+        if block == layer.name:
+            entry = skeleton.checkpoint.entries[key]
+            sizes[name] = entry.nbytes // entry.numel
+    try:
+        return channel_width(experts), channel_bytes(experts, sizes)
+    except UnsupportedModelError:
+        return layer.width, 0
+
+
+def expert_dtype(checkpoint: Weights, tensors: ExpertTensors) -> str:
     """Dtype that a layer's experts are stored in, as safetensors spells it."""
     return checkpoint.entries[tensors.all_experts[0]].dtype
 

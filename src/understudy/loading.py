@@ -7,9 +7,8 @@ what stand-ins need; the model that comes out is an ordinary one, and no quantiz
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
-from functools import wraps
 from typing import Any
 
 import torch
@@ -19,61 +18,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from understudy.absent import install_absent
 from understudy.errors import CheckpointError
-from understudy.experts import StandInExperts, install_constants
+from understudy.experts import StandInExperts, install
+from understudy.standins import ARCHITECTURE_PREFIX, declared, declared_absent, impossible, known_to_engines
 
 NOVICE_PATTERN = "novices.*.approx_value"
-ROUTER_SEMANTICS = {
-    "preserve_logical_expert_ids": True,
-    "preserve_router_weights": True,
-    "renormalize_after_substitution": False,
-}
-
-
-def declare_constants(names: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
-    """Build the `compression_config` that vLLM >= 0.33 and this module read.
-
-    `names` maps the dotted name of an experts module to the tensor name of each replaced expert, by original id.
-    """
-    targets = {
-        module: {
-            "weight_layout": "compact_retained_experts",
-            "replacements": {
-                str(e): {"format": "constant-v1", "tensors": {"value": tensor}} for e, tensor in sorted(by_id.items())
-            },
-        }
-        for module, by_id in names.items()
-    }
-    substitution = {"version": 1, "router_semantics": ROUTER_SEMANTICS, "targets": targets}
-    return {"transform_config": {"expert_substitution": substitution}}
-
-
-def declared_constants(config: Any) -> dict[str, list[int]] | None:
-    """Read which experts a config declares as constants: module name to sorted original ids; None where none are.
-
-    Raises:
-        CheckpointError: the declaration is there but is not one that this version reads.
-    """
-    compression = config.get("compression_config") if isinstance(config, Mapping) else None
-    if not isinstance(config, Mapping):
-        compression = getattr(config, "compression_config", None)
-    transform = compression.get("transform_config") if isinstance(compression, Mapping) else None
-    substitution = transform.get("expert_substitution") if isinstance(transform, Mapping) else None
-    if substitution is None:
-        return None
-    try:
-        if substitution["version"] != 1 or substitution["router_semantics"] != ROUTER_SEMANTICS:
-            raise ValueError("only version 1 with unchanged routing is supported")
-        found = {}
-        for module, target in substitution["targets"].items():
-            if target["weight_layout"] != "compact_retained_experts":
-                raise ValueError(f"weight layout {target['weight_layout']!r} of {module}")
-            if any(r["format"] != "constant-v1" for r in target["replacements"].values()):
-                raise ValueError(f"a replacement of {module} is not constant-v1")
-            found[module] = sorted(int(e) for e in target["replacements"])
-        return found
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"config.json declares expert_substitution in a form that is not read: {error}") from None
 
 
 class _SplitByOriginalId(SplitModulelist):
@@ -125,6 +75,20 @@ class _MergeByOriginalId(MergeModulelist):
         return _SplitByOriginalId(self.dim, self.constants)
 
 
+class _AsItIs(ConversionOps):
+    """Keep a tensor as it is, out of reach of other converters."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        (value,) = input_dict.values()
+        return {target_patterns[0]: value}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _AsItIs()
+
+
 def _stand_in_of(model: Any, tensor_name: str) -> StandInExperts | None:
     """The experts module with stand-ins in the decoder layer that a tensor name points into, if there is one."""
     best, best_length = None, 0
@@ -171,6 +135,9 @@ class StandInLoader(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.remove_quantization_config(model)
         del self._model
+        experts = [m for m in model.modules() if isinstance(m, StandInExperts)]
+        if declared_absent(model.config) or not all(known_to_engines(m.stand_ins) for m in experts):
+            model.__class__ = _renamed(type(model))
         return model
 
     def is_serializable(self) -> bool:
@@ -191,17 +158,22 @@ def install_declared(model: Any) -> bool:
     Raises:
         CheckpointError: the declaration does not fit the model.
     """
-    declared = declared_constants(model.config)
-    for name, ids in (declared or {}).items():
+    found = declared(model.config)
+    for name, stand_ins in (found or {}).items():
         try:
             experts = model.get_submodule(name)
             total = experts.down_proj.shape[0]
         except AttributeError:
             raise CheckpointError(f"config.json declares stand-ins in {name}, which this model does not have") from None
-        if not ids or ids[0] < 0 or ids[-1] >= total or len(ids) >= total:
-            raise CheckpointError(f"config.json declares stand-ins {ids} in {name}, which has {total} experts")
-        install_constants(experts, ids, total)
-    return bool(declared)
+        if why := impossible(stand_ins, total):
+            raise CheckpointError(f"config.json declares stand-ins {list(stand_ins)} in {name}: {why}")
+        install(experts, stand_ins, total)
+    for block, guard in declared_absent(model.config).items():
+        try:
+            install_absent(model, block, guard)
+        except AttributeError:
+            raise CheckpointError(f"config.json declares {block} as removed, which this model does not have") from None
+    return found is not None
 
 
 def adapt_conversions(conversions: list[Any], model: Any) -> list[Any]:
@@ -212,10 +184,23 @@ def adapt_conversions(conversions: list[Any], model: Any) -> list[Any]:
             operations = [_MergeByOriginalId(o.dim) if type(o) is MergeModulelist else o for o in conversion.operations]
             conversion = _with_operations(conversion, operations)
         adapted.append(conversion)
-    leaves = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, StandInExperts)}
+    with_constants = (n for n, m in model.named_modules() if isinstance(m, StandInExperts) and m.constants is not None)
+    leaves = {name.rpartition(".")[2] for name in with_constants}
     for leaf in sorted(leaves):
         adapted.append(WeightConverter(NOVICE_PATTERN, f"{leaf}.constants", [_MergeByOriginalId(0, constants=True)]))
-    return adapted
+    # The first converter that matches wins, the last one on saving; some families' match any name that ends alike.
+    as_they_are = [WeightConverter(name, name, [_AsItIs()]) for name in sorted(_slim_names(model))]
+    return [*as_they_are, *adapted, *as_they_are]
+
+
+def _slim_names(model: Any) -> set[str]:
+    """Ends of the names of weights of experts with fewer neurons: `experts.slim.0.down_proj`."""
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, StandInExperts):
+            for number, child in enumerate(module.slim):
+                found |= {f"{name.rpartition('.')[2]}.slim.{number}.{leaf}" for leaf in child._parameters}
+    return found
 
 
 def _with_operations(converter: WeightConverter, operations: list[ConversionOps]) -> WeightConverter:
@@ -229,15 +214,25 @@ def _with_operations(converter: WeightConverter, operations: list[ConversionOps]
     return fresh
 
 
+_RENAMED: dict[type, type] = {}  # one for each class, so that equal models have equal classes
+
+
+def _renamed(cls: type) -> type:
+    """A class that saves the name by which engines know that they do not know the model."""
+    if cls not in _RENAMED:
+        _RENAMED[cls] = type(ARCHITECTURE_PREFIX + cls.__name__, (cls,), {"__module__": cls.__module__})
+    return _RENAMED[cls]
+
+
 def hook() -> None:
     """Let transformers recognise folders with stand-ins; calling it again changes nothing."""
     original = modeling.get_hf_quantizer
     if getattr(original, "_understudy", False):
         return
 
-    @wraps(original)
+    @functools.wraps(original)
     def get_hf_quantizer(config: Any, quantization_config: Any, device_map: Any, *args: Any, **kwargs: Any) -> Any:
-        if declared_constants(config) is None:
+        if declared(config) is None:
             return original(config, quantization_config, device_map, *args, **kwargs)
         if quantization_config is not None or getattr(config, "quantization_config", None) is not None:
             raise CheckpointError("stand-ins and quantisation cannot be combined in one folder by transformers yet")

@@ -85,6 +85,8 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
         UnsupportedModelError: the model has no experts, none that can be reached, or more than one stack of them.
     """
     found = [name for name, module in model.named_modules() if is_experts(module) and not _NOT_TEXT.search(name)]
+    # Experts inside experts are parts of a layer with stand-ins.
+    found = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     if not found:
         raise UnsupportedModelError(_nothing_found(model))
     stacks = {_stack_of(model, name) for name in found}
@@ -169,6 +171,7 @@ def _describe(model: nn.Module, name: str, stack: str, first: MoELayer | None) -
     assert down is not None
     num_experts = getattr(experts, "num_logical_experts", down.shape[0])  # those of the router, stand-ins included
     hidden, width = (down.shape[2], down.shape[1]) if getattr(experts, "is_transposed", False) else down.shape[1:]
+    width = getattr(experts, "logical_width", width)  # before experts lost neurons
     routers = _routers(model, block_name)
     config = text_config(getattr(model, "config", None))
     places = [module for _, module in routers] + [experts, model.get_submodule(block_name), config]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ class Processes:
         torch.distributed.all_gather_object(gathered, local.arrays(), group=self.group)  # sets differ in number
         total = None
         for arrays in gathered:
-            part = replace(local, **arrays)
+            part = ExpertStats(**arrays)  # what a process lacks, the result lacks
             total = part if total is None else total + part
         assert total is not None
         return total

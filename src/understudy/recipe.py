@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from understudy.errors import UnderstudyError
 
 Scope = Literal["layer", "model", "mass"]
-Extra = Literal["sets", "dense", "channels", "gradients"]
+Extra = Literal["sets", "subsets", "dense", "channels", "gradients"]
 _DATA = (
     "text: a file, .jsonl[.xz|.gz|.zst][:field], folder or hf:name[config]:split:field, with =WEIGHT if wanted; "
     "repeat it for several; default: the bundled text"
@@ -21,13 +21,18 @@ class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class _Reading(_Settings):
-    """What every stage that runs text through a model is told."""
+class _Text(_Settings):
+    """Which text, and how much of it."""
 
     data: tuple[str, ...] = Field((), description=_DATA)
     samples: int = Field(128, gt=0, description="blocks to draw")
     seq_len: int = Field(512, gt=1, description="tokens in a block")
     seed: int = Field(0, ge=0, description="seed of the draw")
+
+
+class _Running(_Settings):
+    """How a model is run."""
+
     dtype: str = Field("auto", description="dtype to compute in; auto = the checkpoint's own")
     device: str = Field("auto", description="device to compute on; auto = an accelerator if there is one")
     batch_size: int = Field(4, gt=0, description="blocks that run together")
@@ -35,13 +40,27 @@ class _Reading(_Settings):
     trust_remote_code: bool = Field(False, description="run modelling code that comes with the checkpoint")
 
 
+class _Reading(_Running, _Text):  # the text comes first among the flags
+    """What every stage that runs text through a model is told."""
+
+
 class Calibration(_Reading):
     """Settings of `calibrate`."""
 
     experts: str = Field("auto", description="transformers' experts implementation; auto = its own default")
-    collect: tuple[Extra, ...] = Field((), description="sums that cost more: sets, dense, channels, gradients")
+    collect: tuple[Extra, ...] = Field((), description="sums that cost more: sets,subsets,dense,channels,gradients")
     dense_tokens: int = Field(2048, gt=1, description="tokens sent through every expert, with --collect dense")
+    sequential: str | None = Field(
+        None, description="method by which each layer is replaced before the next is calibrated: ream, camera"
+    )
+    sequential_ratio: float | None = Field(None, description="the ratio of --sequential")
     base: str | None = Field(None, description="the checkpoint that this one was trained from, for router_norm_change")
+    weights_only: bool = Field(False, description="read no text; for methods that need only the weights, like aimer")
+
+    @field_validator("collect", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return _by_commas(value)
 
 
 class Selection(_Settings):
@@ -59,15 +78,61 @@ class Selection(_Settings):
     seed: int = Field(0, ge=0, description="seed of random scores")
 
 
+class Search(_Reading):
+    """Settings of `search`."""
+
+    samples: int = Field(32, gt=0, description="blocks to draw")
+    generations: int = Field(10, gt=0, description="rounds after the first")
+    population: int = Field(16, gt=1, description="candidates in a round")
+
+
 class Evaluation(_Reading):
     """Settings of `eval`."""
 
     data: tuple[str, ...] = Field((), description=f"held-out {_DATA}")
     samples: int = Field(64, gt=0, description="blocks to draw")
+    examples: int = Field(3, ge=0, description="with --against: blocks that differ most, to show as generated text")
     tasks: tuple[str, ...] = Field((), description="lm-eval tasks, commas between them")
     include_path: str | None = Field(None, description="folder with task files of your own")
     limit: int | None = Field(None, gt=0, description="items of each task, for a quick look")
     num_fewshot: int | None = Field(None, ge=0, description="examples before each task item; the task's own by default")
+
+
+class Comparison(_Running):
+    """Settings of `compare`."""
+
+    methods: tuple[str, ...] = Field(
+        (), description="methods to compare; a kind or settings may follow: reap:constant, heapr:width_classes=4"
+    )
+    ratios: tuple[float, ...] = Field(
+        (0.25, 0.5, 0.75), description="shares of the bytes in routed experts that every method is to save"
+    )
+    seeds: tuple[int, ...] = Field((0, 1, 2), description="one calibration each, on another draw of blocks")
+    data: tuple[str, ...] = Field((), description=f"calibration {_DATA}")
+    samples: int = Field(128, gt=0, description="blocks to calibrate on")
+    seq_len: int = Field(512, gt=1, description="tokens in a block of these")
+    test: tuple[str, ...] = Field((), description="held-out text, likewise")
+    test_samples: int = Field(64, gt=0, description="blocks of held-out text")
+    test_seq_len: int = Field(512, gt=1, description="tokens in a block of these")
+    dense_tokens: int = Field(2048, gt=1, description="tokens sent through every expert, for methods that need it")
+    base: str | None = Field(None, description="the checkpoint that this one was trained from, for router_norm_change")
+    tasks: tuple[str, ...] = Field((), description="lm-eval tasks, commas between them; models are written for them")
+    include_path: str | None = Field(None, description="folder with task files of your own")
+    limit: int | None = Field(None, gt=0, description="items of each task, for a quick look")
+    num_fewshot: int | None = Field(None, ge=0, description="examples before each task item; the task's own by default")
+    examples: int = Field(2, ge=0, description="blocks that differ most, to show as generated text; first seed only")
+    no_speed: bool = Field(False, description="leave out memory and tokens a second; else with the first seed")
+
+    @field_validator("methods", "ratios", "seeds", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return _by_commas(value)
+
+
+def _by_commas(value: Any) -> Any:
+    items = (value,) if isinstance(value, str | int | float) else value
+    parts = [item.split(",") if isinstance(item, str) else [item] for item in items]
+    return tuple(part for several in parts for part in several)
 
 
 T = TypeVar("T", bound=_Settings)
@@ -84,7 +149,7 @@ def settings_from(cls: type[T], settings: T | None, options: dict[str, Any]) -> 
             raise UnderstudyError(f"give either settings or {', '.join(sorted(options))}, not both")
         return settings
     options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in options.items()}
-    for name in {"data", "tasks"} & options.keys():
+    for name in {"data", "tasks", "test"} & options.keys():
         if isinstance(options[name], str):
             options[name] = (options[name],)
     try:

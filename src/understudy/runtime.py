@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from understudy.checkpoint import SUPPORTED, Checkpoint
+from understudy.checkpoint import SUPPORTED, Weights
 from understudy.errors import CheckpointError, UnderstudyError
 
 # torch's CPU library compiles a kernel for every number of rows that an expert happens to get, and keeps 1024 of them
@@ -61,7 +61,7 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return True
 
 
-def refuse_quantised(checkpoint: Checkpoint) -> None:
+def refuse_quantised(checkpoint: Weights) -> None:
     """Refuse weights that are stored quantised.
 
     Raises:

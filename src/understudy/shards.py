@@ -7,17 +7,19 @@ as fast as copying.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from understudy.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint, TensorEntry
+from understudy.checkpoint import INDEX, SINGLE
 from understudy.errors import OutputError, reason
 from understudy.facts import format_bytes
+from understudy.weights import DTYPES, TensorEntry, Weights
 
 CHUNK = 8 << 20
 MAX_SHARD = 5_000_000_000  # bytes, transformers' own default order of size
@@ -32,6 +34,24 @@ class Range:
     nbytes: int
 
 
+@dataclass(eq=False)
+class Lazy:
+    """Bytes that are computed when they are needed; equal ones every time."""
+
+    nbytes: int
+    compute: Callable[[], bytes | bytearray]
+    digest: bytes | None = None  # of what was written
+
+    def read(self) -> bytes | bytearray:
+        """Compute the bytes."""
+        data = self.compute()
+        assert len(data) == self.nbytes
+        return data
+
+
+Part = Range | bytes | Lazy
+
+
 @dataclass(frozen=True)
 class Piece:
     """One tensor to write: its name, dtype as safetensors spells it, shape, and where its bytes come from."""
@@ -39,12 +59,17 @@ class Piece:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    parts: tuple[Range | bytes, ...]
+    parts: tuple[Part, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return sum(len(p) if isinstance(p, bytes) else p.nbytes for p in self.parts)
+        return sum(size_of(p) for p in self.parts)
+
+
+def size_of(part: Part) -> int:
+    """Return the bytes of a part."""
+    return len(part) if isinstance(part, bytes) else part.nbytes
 
 
 def whole(entry: TensorEntry, name: str | None = None) -> Piece:
@@ -52,25 +77,28 @@ def whole(entry: TensorEntry, name: str | None = None) -> Piece:
     return Piece(name or entry.name, entry.dtype, entry.shape, (Range(entry, 0, entry.nbytes),))
 
 
-def rows(entry: TensorEntry, kept: Sequence[int]) -> Piece:
-    """Keep some rows (dim 0) of a source tensor, in the given order; neighbours become one range."""
+def rows(entry: TensorEntry, kept: Sequence[int], instead: Mapping[int, Lazy] | None = None) -> Piece:
+    """Keep some rows (dim 0) of a source tensor, in the given order; neighbours become one range.
+
+    `instead` gives the bytes of rows that are not the source's.
+    """
     assert entry.shape
     row = entry.nbytes // entry.shape[0]
-    parts: list[Range | bytes] = []
-    begin = previous = None
-    for index in [*kept, None]:
-        if begin is not None and previous is not None and index != previous + 1:
-            parts.append(Range(entry, begin * row, (previous + 1 - begin) * row))
-            begin = None
-        if begin is None:
-            begin = index
-        previous = index
+    parts: list[Part] = []
+    for index in kept:
+        last = parts[-1] if parts else None
+        if instead and index in instead:
+            parts.append(instead[index])
+        elif isinstance(last, Range) and last.start + last.nbytes == index * row:
+            parts[-1] = Range(entry, last.start, last.nbytes + row)
+        else:
+            parts.append(Range(entry, index * row, row))
     return Piece(entry.name, entry.dtype, (len(kept), *entry.shape[1:]), tuple(parts))
 
 
 def write_folder(
     folder: Path,
-    source: Checkpoint,
+    source: Weights,
     pieces: Sequence[Piece],
     *,
     max_shard: int = MAX_SHARD,
@@ -136,7 +164,12 @@ def _header(shard: Sequence[Piece]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _copy(part: Range | bytes, source: Checkpoint, out: BinaryIO) -> None:
+def _copy(part: Part, source: Weights, out: BinaryIO) -> None:
+    if isinstance(part, Lazy):
+        data = part.read()
+        part.digest = hashlib.sha256(data).digest()
+        _write_all(out, data)
+        return
     if isinstance(part, bytes):
         _write_all(out, part)
         return

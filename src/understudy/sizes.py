@@ -1,6 +1,6 @@
 """How many parameters a model has, and how many of them a token passes through; the latter is measured where it varies.
 
-Letters: E routed experts of a layer, P of them constants, k routes of a token, H hidden size.
+Letters: E routed experts of a layer, k routes of a token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from understudy.experts import StandInExperts
-from understudy.moe import MoELayer
 from understudy.skeleton import Skeleton
 
 
@@ -41,7 +40,7 @@ class RouteCounter:
         own_forward = experts.forward
 
         def counted(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
-            seen = torch.bincount(top_k_index.reshape(-1), minlength=experts.num_logical_experts).cpu()
+            seen = experts.chosen(top_k_index).cpu()
             self._counts[key] = self._counts[key] + seen if key in self._counts else seen
             self._tokens[key] = self._tokens.get(key, 0) + len(hidden_states)
             return own_forward(hidden_states, top_k_index, top_k_weights)
@@ -53,7 +52,10 @@ class RouteCounter:
             del experts.forward
 
     def means(self) -> dict[str, np.ndarray]:
-        """Mean routes of a token to each expert by original id, float64 `[E]`, by layer key."""
+        """Mean routes of a token to each expert by original id, float64 `[E]`, by layer key.
+
+        Several routes of a token to experts that share their weights count once.
+        """
         return {key: counts.double().numpy() / self._tokens[key] for key, counts in self._counts.items()}
 
 
@@ -61,28 +63,42 @@ def count_params(skeleton: Skeleton, routes: Mapping[str, np.ndarray]) -> dict[s
     """Count parameters: `total` in the checkpoint, `routed` in routed experts and stand-ins, `active` for a token.
 
     Active are all parameters outside the routed experts, and in each MoE layer those that the k routes of a token
-    lead to. Where a layer has constants, that depends on the text: `routes` gives the mean routes to each expert, as
+    lead to. Where a layer has stand-ins, that depends on the text: `routes` gives the mean routes to each expert, as
     `RouteCounter` measures them. For a layer that is not in `routes`, every expert counts as equally likely.
     """
     total = sum(entry.numel for entry in skeleton.checkpoint.entries.values())
     routed, active = 0, 0.0
     for layer in skeleton.layers:
         experts = skeleton.model.get_submodule(layer.name)
-        each = _expert_params(layer, experts)
         if isinstance(experts, StandInExperts):
-            routed += each * len(experts.kept) + experts.constants.numel()
+            stored, params_E = _with_stand_ins(experts)
+            routed += stored
             E = experts.num_logical_experts
-            mean_E = routes.get(layer.key, np.full(E, layer.top_k / E))
-            to_kept, to_constants = mean_E[list(experts.kept)].sum(), mean_E[list(experts.replaced)].sum()
-            active += to_kept * each + to_constants * experts.constants.shape[1]
+            active += float(params_E @ routes.get(layer.key, np.full(E, layer.top_k / E)))
         else:
+            each = _row_params(experts, layer.num_experts)
             routed += each * layer.num_experts
             active += layer.top_k * each
     return {"total": total, "routed": routed, "active": round(total - routed + active)}
 
 
-def _expert_params(layer: MoELayer, experts: nn.Module) -> int:
+def _with_stand_ins(experts: Any) -> tuple[int, np.ndarray]:
+    """Parameters that a layer's experts and stand-ins hold together, and those behind each original id, `[E]`."""
+    params_E = np.zeros(experts.num_logical_experts)
+    each = _row_params(experts, len(experts.kept))
+    stored = each * len(experts.kept)
+    params_E[list(experts.rows)] = each
+    for child in experts.slim:
+        each = _row_params(child, len(child.kept))
+        stored += each * len(child.kept)
+        params_E[list(child.kept)] = each
+    if experts.constants is not None:
+        stored += experts.constants.numel()
+        params_E[list(experts.replaced)] += experts.constants.shape[1]
+    return stored, params_E
+
+
+def _row_params(experts: nn.Module, rows: int) -> int:
     """Parameters of one expert; the constants of a layer are stacked like experts and must not be taken for a part."""
-    rows = len(experts.kept) if isinstance(experts, StandInExperts) else layer.num_experts
     stacked = [p for name, p in experts.named_parameters(recurse=False) if name != "constants" and p.dim() > 0]
     return sum(p[0].numel() for p in stacked if p.shape[0] == rows)

@@ -6,16 +6,19 @@ renaming rules, and loading a part goes through its own converters, so a streame
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -26,18 +29,21 @@ from transformers.core_model_loading import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
-from understudy.checkpoint import Checkpoint
+from understudy.checkpoint import Checkpoint, Weights
 from understudy.errors import CheckpointError, NumericError, UnderstudyError, UnsupportedModelError
 from understudy.loading import adapt_conversions, install_declared
 from understudy.moe import MoELayer, find_moe_layers
 from understudy.runtime import all_finite, pick_device, pick_dtype, quiet_transformers, refuse_quantised
 from understudy.stacking import find_stacks
+from understudy.standins import ARCHITECTURE_PREFIX
 
 ROOT = -1  # the part of a model that is outside its decoder layers
 
 
 class Skeleton:
     """A checkpoint and its model on the meta device, with stand-ins installed where the folder declares them.
+
+    `folder` is a model folder, or weights from elsewhere with the class of their config.
 
     Raises:
         CheckpointError: the folder is damaged or is quantised.
@@ -46,18 +52,24 @@ class Skeleton:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | Weights,
         *,
         dtype: str = "auto",
         device: str = "auto",
         experts: str = "auto",
         trust_remote_code: bool = False,
+        config_class: type[PreTrainedConfig] | None = None,
     ) -> None:
-        self.checkpoint = Checkpoint(folder)
+        self.checkpoint = folder if isinstance(folder, Weights) else Checkpoint(folder)
         refuse_quantised(self.checkpoint)
         self.device = pick_device(device)
+        folder = self.checkpoint.folder
+        self._options: dict[str, Any] = {"device": device, "experts": experts, "trust_remote_code": trust_remote_code}
         try:
-            self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            if config_class is not None:
+                self.config = read_config(config_class, self.checkpoint.config)
+            else:
+                self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except Exception as error:  # configs check themselves with errors of many packages
             why = " ".join(str(error).split())[:300]
             raise UnsupportedModelError(f"{folder}: transformers cannot read its config ({why})") from None
@@ -67,7 +79,6 @@ class Skeleton:
             raise UnderstudyError(f"--experts {experts}: transformers has no such implementation; there is {names}")
         if experts != "auto":
             self.config._experts_implementation = experts
-        self._trust = trust_remote_code
         self.model = self.build()
         self.has_stand_ins = install_declared(self.model)
         self.model.eval().requires_grad_(False)
@@ -81,17 +92,34 @@ class Skeleton:
         self.targets = self._route_keys()
         self.keys, self.names = self._split_parts()
 
+    def like(self, weights: str | Path | Weights, dtype: str = "auto") -> Skeleton:
+        """Open other weights of the same class of config, on the same device and with the same experts' code."""
+        return Skeleton(weights, dtype=dtype, config_class=type(self.config), **self._options)
+
+    @cached_property
+    def as_stored(self) -> Skeleton:
+        """The same checkpoint in the dtype that its config names, which is what new weights are computed in."""
+        if self.dtype == pick_dtype("auto", self.config):
+            return self
+        return self.like(self.checkpoint)
+
     # ---- building ---------------------------------------------------------------------------------------------
 
-    def build(self) -> PreTrainedModel:
-        """Make the model on the meta device, as its config describes it before any stand-in is installed."""
-        why = ""
+    def build(self, config: Any = None) -> PreTrainedModel:
+        """Make the model on the meta device, as its config (or another) describes it before any stand-in is installed.
+
+        Raises:
+            UnsupportedModelError: transformers has no class for it.
+        """
+        config, why = self.config if config is None else config, ""
         with quiet_transformers(), torch.device("meta"):
             for cls in self._classes():
                 try:
                     if hasattr(cls, "_from_config"):
-                        return cls._from_config(self.config, dtype=self.dtype)
-                    return cls.from_config(self.config, dtype=self.dtype, trust_remote_code=self._trust)
+                        return cls._from_config(config, dtype=self.dtype)
+                    return cls.from_config(
+                        config, dtype=self.dtype, trust_remote_code=self._options["trust_remote_code"]
+                    )
                 except (ValueError, KeyError) as error:
                     text = " ".join(str(error).split())[:200]
                     why = why or ("" if text.startswith("Unrecognized configuration") else f" ({text})")
@@ -102,6 +130,7 @@ class Skeleton:
 
     def _classes(self) -> Iterator[Any]:
         for name in getattr(self.config, "architectures", None) or []:
+            name = name.removeprefix(ARCHITECTURE_PREFIX)
             if isinstance(cls := getattr(transformers, name, None), type) and issubclass(cls, PreTrainedModel):
                 yield cls
         yield transformers.AutoModelForCausalLM
@@ -207,6 +236,7 @@ class Skeleton:
             info, _ = convert_and_load_state_dict_in_model(
                 model=self.model, state_dict=tensors, load_config=load_config
             )
+        self.checkpoint.release()
         folder = self.checkpoint.folder
         if info.conversion_errors:
             name, trace = next(iter(info.conversion_errors.items()))
@@ -258,3 +288,10 @@ class Skeleton:
         """A tensor of the model by its dotted name."""
         parent, _, leaf = name.rpartition(".")
         return getattr(self.model.get_submodule(parent), leaf)
+
+
+def read_config(config_class: type[PreTrainedConfig], config: dict[str, Any]) -> PreTrainedConfig:
+    """Read a config as transformers reads a file: it understands more there than in a dictionary."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return config_class.from_pretrained(folder)

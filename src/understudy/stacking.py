@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, dot_natural_key
 
-from understudy.checkpoint import Checkpoint
+from understudy.checkpoint import Weights
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Stack:
         """Every checkpoint tensor in it."""
         return {key for column in self.columns for key in column}
 
-    def read(self, checkpoint: Checkpoint, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    def read(self, checkpoint: Weights, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """Read the stacked weight of the given shape; the caller has checked that it fits."""
         weight = torch.empty(shape, dtype=dtype)
         start = 0
@@ -39,7 +39,7 @@ class Stack:
             start += size
         return weight
 
-    def fits(self, checkpoint: Checkpoint, shape: torch.Size) -> bool:
+    def fits(self, checkpoint: Weights, shape: torch.Size) -> bool:
         """Whether the tensors have the shapes that make up the weight."""
         shapes = [{checkpoint.entries[key].shape for key in column} for column in self.columns]
         if len(shape) != 3 or any(len(s) != 1 or len(next(iter(s))) != 2 for s in shapes):

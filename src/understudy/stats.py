@@ -23,7 +23,7 @@ from understudy.sums import ExpertStats as ExpertStats
 from understudy.sums import group_of, is_vector, required_fields
 
 FORMAT = 1
-EXTRA = ("sets", "dense", "channels", "gradients")  # groups of sums that cost time or room and are asked for
+EXTRA = ("sets", "subsets", "dense", "channels", "gradients")  # groups of sums that cost time or room and are asked for
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,9 @@ def require(stats: Stats, needs: Collection[str], what: str) -> None:
             continue
         group = group_of(lacking[0])
         how = "calibrate again; if they still lack it, this family does not show it"
-        if group in EXTRA:
+        if stats.data.get("weights_only") and group not in ("weights", "base"):
+            how = "they are of the weights alone, so calibrate on text"
+        elif group in EXTRA:
             how = f"calibrate with --collect {group}"
         elif group == "base":
             how = "calibrate with --base MODEL, the checkpoint that this one was trained from"

@@ -63,6 +63,8 @@ class ExpertStats:
     dense_cos_sum: Any = optional("dense")  # [E, E] sum over those of the cosine of two experts' y
     dense_hsic: Any = optional("dense")  # [E, E] sum over batches of |Yc_i^T Yc_j|_F^2, outputs centred in the batch
 
+    subset_loss: Any = optional("subsets")  # [2^E] sum over blocks of |F(x) - F_subset(x)|, bit e set: e stays; NAEE
+
     activation_sum: Any = optional("channels")  # [E, I] sum h
     activation_sq_sum: Any = optional("channels")  # [E, I] sum h^2
     gated_activation_sum: Any = optional("channels")  # [E, I] sum g^2 h

@@ -6,20 +6,22 @@ kept bytes are the source's, everything is finite, and each changed layer answer
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from understudy.checkpoint import Checkpoint
+from understudy.entries import ids_of
 from understudy.errors import CheckpointError, NumericError
 from understudy.kinds import get_kind
 from understudy.moe import MoELayer
 from understudy.plans import Plan
-from understudy.shards import CHUNK, Piece
+from understudy.removal import removed_layers
+from understudy.shards import CHUNK, Lazy, Part, Piece, size_of
 from understudy.skeleton import ROOT, Skeleton
 from understudy.stats import Probe, Stats
+from understudy.weights import TensorEntry, Weights
 
 # Relative to the largest output of the layer; the sums are the same, only their order differs.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
@@ -42,8 +44,10 @@ def verify_folder(
     """
     written = Skeleton(folder, device="cpu", trust_remote_code=trust_remote_code)
     verify_tensors(written.checkpoint, source.checkpoint, pieces)
-    changed = [layer for layer in source.layers if plan.layers.get(layer.key)]
-    parts = [ROOT, *range(len(source.decoder_layers))]
+    # layers that are gone answer nothing; that they are gone, the comparison of tensors has shown
+    changed = [x for x in source.layers if plan.layers.get(x.key) and "layer_drop" not in plan.layers[x.key]]
+    removed = removed_layers(source, plan)
+    parts = [ROOT, *(i for i in range(len(source.decoder_layers)) if i not in removed)]
     for step, part in enumerate(parts):
         here = [layer for layer in changed if layer.index == part]
         probes = {layer.key: _probe_of(stats, layer) for layer in here}
@@ -53,7 +57,7 @@ def verify_folder(
                 for layer in here:
                     expected[layer.key] = _planned(source, layer, plan, probes[layer.key], stats)
         try:
-            with written.resident(part):  # complete and finite, or it raises
+            with written.resident(part if not removed else step - 1):  # complete and finite, or it raises
                 for layer in here:
                     _compare(written, layer, plan, probes[layer.key], expected[layer.key])
         except NumericError as error:  # every byte has been compared: it is the source that is broken
@@ -62,7 +66,7 @@ def verify_folder(
             progress(step + 1, len(parts))
 
 
-def verify_tensors(written: Checkpoint, source: Checkpoint, pieces: Sequence[Piece]) -> None:
+def verify_tensors(written: Weights, source: Weights, pieces: Sequence[Piece]) -> None:
     """Compare what lies on disk with what should: names, dtypes, shapes and every byte.
 
     Raises:
@@ -82,16 +86,25 @@ def verify_tensors(written: Checkpoint, source: Checkpoint, pieces: Sequence[Pie
             )
         offset = 0
         for part in piece.parts:
-            size = len(part) if isinstance(part, bytes) else part.nbytes
-            for begin in range(0, size, CHUNK):
-                step = min(CHUNK, size - begin)
-                if isinstance(part, bytes):
-                    expected: Any = part[begin : begin + step]
-                else:
-                    expected = source.raw(part.entry, part.start + begin, step)
-                if written.raw(entry, offset + begin, step) != expected:
-                    raise CheckpointError(f"{where}: verification failed, {piece.name} differs from its source")
-            offset += size
+            if not _same(written, entry, offset, part, source):
+                raise CheckpointError(f"{where}: verification failed, {piece.name} differs from its source")
+            offset += size_of(part)
+
+
+def _same(written: Weights, entry: TensorEntry, offset: int, part: Part, source: Weights) -> bool:
+    """Whether a tensor on disk holds a part at an offset; what was computed is known by its digest."""
+    digest = hashlib.sha256()
+    for begin in range(0, size_of(part), CHUNK):
+        step = min(CHUNK, size_of(part) - begin)
+        found = written.raw(entry, offset + begin, step)
+        if isinstance(part, Lazy):
+            digest.update(found)
+        elif isinstance(part, bytes):
+            if found != part[begin : begin + step]:
+                return False
+        elif found != source.raw(part.entry, part.start + begin, step):
+            return False
+    return not isinstance(part, Lazy) or digest.digest() == part.digest
 
 
 def _probe_of(stats: Stats | None, layer: MoELayer) -> Probe:
@@ -111,18 +124,21 @@ def _planned(source: Skeleton, layer: MoELayer, plan: Plan, probe: Probe, stats:
     hidden = torch.from_numpy(probe.hidden).to(source.dtype)
     weights = torch.from_numpy(probe.weights)
     index, _ = _routes(layer, plan, probe)
-    replaced = plan.replaced(layer.key)
     tokens, k = index.shape
     with torch.no_grad():
         ones = torch.ones(tokens * k, 1, dtype=source.dtype)
+        known = stats.layers[layer.key] if stats else None
+        for name, entry in plan.layers[layer.key].items():
+            experts = get_kind(name).having(plan.how.get(name, {})).reworked(experts, ids_of(entry), known)
         routed = experts(hidden.repeat_interleave(k, 0), index.reshape(-1, 1), ones).float().view(tokens, k, -1)
-    for token in range(tokens):
-        for slot in range(k):
-            kind = replaced.get(int(index[token, slot]))
-            if kind is not None:
-                assert stats is not None
-                value = get_kind(kind).answer(stats.layers[layer.key], int(index[token, slot]))
-                routed[token, slot] = torch.from_numpy(value).to(source.dtype).float()
+        for expert, kind in plan.replaced(layer.key).items():
+            token, slot = (index == expert).nonzero(as_tuple=True)
+            if not len(token):
+                continue
+            entry, how = plan.layers[layer.key][kind], plan.how.get(kind, {})
+            answer = get_kind(kind).reference(experts, hidden[token], expert, entry, how, known)
+            assert answer is not None
+            routed[token, slot] = answer
     return (routed * weights[:, :, None]).sum(1)
 
 

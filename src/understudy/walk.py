@@ -57,11 +57,17 @@ class Walk:
 
     @torch.no_grad()
     def through_layers(
-        self, observe: Observe | None = None, *, start: int = 0, done: Callable[[int], None] | None = None
+        self,
+        observe: Observe | None = None,
+        *,
+        start: int = 0,
+        done: Callable[[int], None] | None = None,
+        again: Observe | None = None,
     ) -> None:
         """Run all batches through the layers from `start` on; `done(i)` is called when layer `i` is committed.
 
-        `observe(i, layer)` gives a context that surrounds the run of one layer.
+        `observe(i, layer)` gives a context that surrounds the run of one layer. `again(i, layer)`, entered after that,
+        may change the layer and say so by giving True: then it runs once more, and what it puts out then counts.
 
         Raises:
             NumericError: a layer puts out NaN or infinity.
@@ -69,13 +75,19 @@ class Walk:
         for index in range(start, self.depth):
             with self.skeleton.resident(index) as layer:
                 with observe(index, layer) if observe else nullcontext():
-                    for number, batch in enumerate(self.batches):
-                        args, kwargs = self._arguments(index, number, batch)
-                        output = self._run(layer, index, args, kwargs)
-                        self.store.put(number, output)
+                    self._through(layer, index)
+                with again(index, layer) if again else nullcontext(False) as changed:
+                    if changed:
+                        self._through(layer, index)
             self.store.commit(index)
             if done:
                 done(index)
+
+    def _through(self, layer: nn.Module, index: int) -> None:
+        for number, batch in enumerate(self.batches):
+            before = self.store.get(number) if index else None
+            args, kwargs = self._arguments(index, number, batch, before)
+            self.store.put(number, self._run(layer, index, args, kwargs))
 
     @torch.no_grad()
     def logits(self, number: int) -> torch.Tensor:
@@ -96,9 +108,12 @@ class Walk:
         else:
             yield from self.logits(number)[:, :-1].split(size, dim=1)
 
-    def _arguments(self, index: int, number: int, batch: np.ndarray) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _arguments(
+        self, index: int, number: int, batch: np.ndarray, before: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model hands a layer after the layer before it has put out `before`."""
         try:
-            self._cut_short(index, batch, self.store.get(number) if index else None)
+            self._cut_short(index, batch, before)
         except _Reached as reached:
             if index > 1 and number == 0 and any(_has_nan(x) for x in pytree.tree_leaves(reached.arguments)):
                 raise self._unsupported("read what layers before the previous one put out") from None

@@ -17,10 +17,11 @@ import understudy
 from understudy._version import __version__
 from understudy.cli.options import build, flags, keyword, settings_of
 from understudy.cli.screen import Screen
-from understudy.recipe import Calibration, Evaluation, Selection
+from understudy.recipe import Calibration, Comparison, Evaluation, Search, Selection
 
 if TYPE_CHECKING:
     from understudy.facts import ModelFacts
+    from understudy.plans import Plan
 
 app = typer.Typer(
     name="understudy",
@@ -35,6 +36,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a local folder or a hub id", show_default=False)]
 PlanFiles = Annotated[list[Path], typer.Argument(metavar="PLAN...", help="a plan, or several", show_default=False)]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="a plan", show_default=False)]
+ResultFolder = Annotated[Path, typer.Argument(metavar="DIR", help="what compare or compress wrote", show_default=False)]
 StatsFile = Annotated[Path, typer.Argument(metavar="STATS", help="statistics of `calibrate`", show_default=False)]
 Out = Annotated[Path, typer.Option("--out", help="what to write; must not exist", show_default=False)]
 MaxShardSize = Annotated[str | None, typer.Option("--max-shard-size", help="size of a shard file, as 5GB")]
@@ -128,16 +130,9 @@ def calibrate(screen: Screen, model: Model, out: Out, settings: Calibration) -> 
 @command("plan", view="plan")
 def plan(screen: Screen, stats: StatsFile, out: Out, settings: Selection) -> dict[str, Any]:
     """Choose the experts to replace, and write that as a plan to look at; reads no weights."""
-    from understudy.methods import get_method
-
     result = understudy.plan(stats, out, settings=settings)
-    shown = understudy.show(result.plan)
-    for layer in shown["layers"].values():
-        layer["replaced"] = {kind: chosen["count"] for kind, chosen in layer["replaced"].items()}
     scores = result.scores
-    return shown | {
-        "out": str(out),
-        "paper": get_method(result.plan.method).paper,
+    return _planned(result.plan, out) | {
         "source_bytes": result.facts.nbytes,
         "expected_bytes": result.expected_bytes,
         "load_bytes": result.load_bytes,
@@ -148,6 +143,24 @@ def plan(screen: Screen, stats: StatsFile, out: Out, settings: Selection) -> dic
             "source": scores.source,
             "layers": {key: values.tolist() for key, values in scores.layers.items()},
         },
+    }
+
+
+@command("search", view="plan")
+def search(
+    screen: Screen, model: Model, stats: StatsFile, out: Out, selection: Selection, settings: Search
+) -> dict[str, Any]:
+    """Let the number of experts that each layer gives up evolve, and write the best plan."""
+    found = understudy.search(model, stats, out, selection=selection, settings=settings, progress=screen.step)
+    better = f"shares {found.fitness:.4f} of probability with the original, equal layers {found.start_fitness:.4f}"
+    return _planned(found.plan, out) | {
+        "source_bytes": found.facts.nbytes,
+        "expected_bytes": found.expected_bytes,
+        "load_bytes": found.expected_bytes - found.facts.unloaded_bytes,
+        "fitness": found.fitness,
+        "start_fitness": found.start_fitness,
+        "evaluations": found.evaluations,
+        "notes": [f"{better} ({found.evaluations} plans tried)"],
     }
 
 
@@ -184,6 +197,9 @@ def apply(
     out: Out,
     stats: Annotated[Path | None, typer.Option("--stats", help="statistics that stand-ins are made of")] = None,
     max_shard_size: MaxShardSize = None,
+    materialise: Annotated[
+        bool, typer.Option("--materialise", help="write an ordinary checkpoint at full size; it saves nothing")
+    ] = False,
     trust_remote_code: TrustRemoteCode = _trust.default,
 ) -> dict[str, Any]:
     """Write the smaller model that a plan describes, and verify it."""
@@ -193,15 +209,17 @@ def apply(
         out,
         stats=stats,
         max_shard_size=max_shard_size,
+        materialise=materialise,
         trust_remote_code=trust_remote_code,
         progress=screen.step,
     )
+    full = "nothing is saved: experts that the plan merges or shrinks were written at full size (--materialise)"
     return {
         "out": str(applied.folder),
         "bytes": applied.nbytes,
         "source_bytes": applied.source_nbytes,
         "loads": applied.loads,
-        "notes": [],
+        "notes": [full] if applied.at_full_size else [],
     }
 
 
@@ -235,6 +253,36 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model on held-out text and tasks, alone or against its original."""
     return understudy.eval(model, against=against, settings=settings, progress=screen.step).to_dict()
+
+
+@command("compare", view="compare")
+def compare(
+    screen: Screen,
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", help="a folder; what it holds already is added to", show_default=False)],
+    settings: Comparison,
+) -> dict[str, Any]:
+    """Compare methods on one model at equal bytes: what each leaves of its quality, and how fast it is."""
+    from understudy.comparison import summarise
+
+    results = understudy.compare(model, out, settings=settings, progress=screen.step)
+    return {"out": str(out), "summary": summarise(results).model_dump(mode="json")} | results.model_dump(mode="json")
+
+
+@command("report", view="report")
+def report(screen: Screen, folder: ResultFolder) -> dict[str, Any]:
+    """Write DIR/report.html: what a compressed model, or a comparison of methods, lost and where."""
+    return understudy.report(folder).to_dict()
+
+
+def _planned(plan: Plan, out: Path) -> dict[str, Any]:
+    """What is shown of a plan that was just made."""
+    from understudy.methods import get_method
+
+    shown = understudy.show(plan)
+    for layer in shown["layers"].values():
+        layer["replaced"] = {kind: chosen["count"] for kind, chosen in layer["replaced"].items()}
+    return shown | {"out": str(out), "paper": get_method(plan.method).paper}
 
 
 def _each(plans: list[Path], look: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

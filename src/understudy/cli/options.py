@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from understudy.recipe import settings_from
 
 Settings = type[BaseModel]
+_LISTS = {"data": "SPEC", "test": "SPEC", "tasks": "T,..", "methods": "M,..", "ratios": "R,..", "seeds": "S,.."}
 
 
 def settings_of(function: Callable[..., Any]) -> dict[str, Settings]:
@@ -65,7 +66,7 @@ def _type(name: str, field: FieldInfo) -> tuple[Any, str | None]:
     """Return the type that typer reads, and a metavar where the type does not say enough."""
     kind = field.annotation
     if get_origin(kind) is tuple:
-        return list[str], {"data": "SPEC", "tasks": "T,.."}.get(name)
+        return list[str], _LISTS.get(name)
     if get_origin(kind) is Literal:
         return str, "|".join(get_args(kind))  # pydantic refuses the others, in one line
     if get_origin(kind) in (Union, UnionType):

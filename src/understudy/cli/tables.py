@@ -47,12 +47,13 @@ def inspect(data: Data) -> RenderableType:
 def calibrate(data: Data) -> RenderableType:
     """Show what statistics were taken."""
     drawn = ", ".join(f"{name} {blocks}" for name, blocks in data["data"]["blocks"].items())
-    unseen = sum(data["unseen"].values())
+    text = f"{drawn} blocks of {data['data']['seq_len']} tokens" if drawn else "none; the weights alone were read"
+    unseen = f", {sum(data['unseen'].values())} saw no token" if drawn else ""
     rows = [
         ("statistics", data["out"]),
         ("model", f"{data['model']} ({data['family']})"),
-        ("text", f"{drawn} blocks of {data['data']['seq_len']} tokens"),
-        ("experts", f"{data['experts']} in {data['layers']} layers, {unseen} saw no token"),
+        ("text", text),
+        ("experts", f"{data['experts']} in {data['layers']} layers{unseen}"),
     ]
     return _pairs(rows)
 
@@ -93,6 +94,47 @@ def check(data: Data) -> RenderableType:
     if data["unchecked"]:
         rows.append(("not checked", f"{', '.join(data['unchecked'])}; give --stats or --model"))
     return _pairs(rows)
+
+
+def compare(data: Data) -> RenderableType:
+    """Show what each method left at each ratio: mean over the seeds, their standard deviation, and bytes."""
+    summary, original = data["summary"], data["original"]
+    ratios = [f"{ratio}" for ratio in summary["ratios"]]
+    heads = [f"{float(ratio):.4g}" for ratio in summary["ratios"]]
+    quality = _table(["method", *(head for at in heads for head in (f"KL at {at}", "bytes"))])
+    others = _table(["method", *(head for at in heads for head in (f"perplexity at {at}", "top-1"))])
+    for label, row in summary["rows"].items():
+        cells = [row.get(ratio) for ratio in ratios]
+        quality.add_row(label, *(text for cell in cells for text in _quality(cell)))
+        others.add_row(label, *(_spread(cell, figure) for cell in cells for figure in ("perplexity", "top1_agreement")))
+    skipped = {r["label"]: r["skipped"] for r in data["results"] if r["skipped"]}
+    rows = [
+        ("original", f"perplexity {original['perplexity']['all']:.4f}, {format_bytes(original['bytes'])}"),
+        ("KL", "KL(original || model), nats a token of held-out text; mean ± sd over calibrations, lowest KL first"),
+        ("*", summary["rule"]),
+        *((f"{label} skipped", reason) for label, reason in skipped.items()),
+        ("results", f"{data['out']}: results.json, results.csv"),
+    ]
+    return Group(quality, others, _pairs(rows))
+
+
+def _quality(cell: Data | None) -> tuple[str, str]:
+    if cell is None or not cell["seeds"]:
+        return "skipped" if cell else "", ""
+    return f"{_spread(cell, 'kl')} {'*' if cell['tied'] else ' '}", format_bytes(round(cell["mean"]["bytes"]))
+
+
+def _spread(cell: Data | None, figure: str) -> str:
+    if cell is None or not cell["seeds"]:
+        return ""
+    sd = cell["sd"][figure]
+    return f"{cell['mean'][figure]:.4f}" + (f" ± {sd:.4f}" if sd is not None else "")
+
+
+def report(data: Data) -> RenderableType:
+    """Show where the page is, and what it lacks."""
+    about = {"model": "one compressed model", "comparison": "a comparison of methods"}[data["about"]]
+    return _pairs([("report", f"{data['out']} ({about}, {format_bytes(data['bytes'])})"), *_notes(data)])
 
 
 def several(plans: dict[str, Data], view: Callable[[Data], RenderableType]) -> RenderableType:

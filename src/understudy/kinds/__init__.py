@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -17,9 +17,12 @@ from understudy.errors import PlanError
 from understudy.facts import LayerFacts, ModelFacts
 from understudy.plans import Plan, check_model
 from understudy.registry import discover, lookup
+from understudy.standins import StandIn, impossible
 from understudy.stats import ExpertStats
 
 if TYPE_CHECKING:  # cutting needs torch, planning must not wait for it
+    from torch import Tensor
+
     from understudy.cut import LayerCut, LayerSource
 
 
@@ -65,13 +68,52 @@ class Kind(ABC):
     def most(self, layer: LayerFacts) -> int:
         """Return how many experts of a layer can be replaced at most."""
 
-    @abstractmethod
     def cut(self, source: LayerSource, replaced: Sequence[int]) -> LayerCut:
-        """Return what replacing experts of one layer changes in the checkpoint."""
+        """Return what replacing experts of one layer changes in the checkpoint; for kinds without `stand_ins`."""
+        raise NotImplementedError
+
+    def reworked(self, experts: Any, replaced: Sequence[int], stats: ExpertStats | None) -> Any:
+        """Return the live experts of a layer with those that stay as this kind makes them; most leave them alone."""
+        return experts
+
+    @property
+    def substitutes(self) -> bool:
+        """Whether the kind puts something in the place of experts; else it says itself how to `cut`."""
+        return type(self).stand_ins is not Kind.stand_ins
+
+    def having(self, how: Mapping[str, Any]) -> Kind:
+        """Return the kind with the settings that a plan gives it, which `needs` and sizes may depend on."""
+        return self
+
+    def stand_ins(self, entry: Entry, how: Mapping[str, Any], layer: LayerFacts | None = None) -> dict[int, StandIn]:
+        """Return what each expert becomes, by original id; `how` holds the settings of the kind in the plan."""
+        return {}
+
+    def fill(  # noqa: B027 (kinds without stand-ins have nothing to write)
+        self, made: Any, source: Any, entry: Entry, how: Mapping[str, Any], stats: ExpertStats | None
+    ) -> None:
+        """Write the values of the stand-ins into `made`, the layer's experts with stand-ins, from the live `source`.
+
+        Both are modules in the family's own layout, `source` with all experts. `made.rows` gives the row of an expert
+        in the stacked weights, `made.slim_place(id)` the module and row of one of fewer neurons, and
+        `made.constant_row(id)` the row of its vector in `made.constants`.
+        """
 
     def answer(self, stats: ExpertStats, expert: int) -> np.ndarray | None:
-        """Return what a replaced expert answers every token, `[H]` float32; None where it is never asked."""
+        """Return what a replaced expert answers every token, `[H]` float32; None where that depends on the token."""
         return None
+
+    def reference(
+        self, source: Any, hidden: Tensor, expert: int, entry: Entry, how: Mapping[str, Any], stats: ExpertStats | None
+    ) -> Tensor | None:
+        """Return what a replaced expert answers tokens `[n, H]`, `[n, H]` float32; None where it is never asked.
+
+        The slow, obvious way, from the live experts of the source: a written layer is verified against it.
+        """
+        import torch
+
+        value = None if stats is None else self.answer(stats, expert)
+        return None if value is None else torch.from_numpy(value).to(hidden.dtype).float().expand(len(hidden), -1)
 
     @abstractmethod
     def check(self, layers: Mapping[str, LayerFacts], entries: Mapping[str, Entry]) -> None:
@@ -127,6 +169,18 @@ def check_plan(plan: Plan, facts: ModelFacts | None = None) -> None:
             if reason := get_kind(name).refuses(layers[key]):
                 raise PlanError(f"layer {key}: {name} is not possible: {reason}; use --kind constant")
         get_kind(name).check(layers, {key: by_layer.get(key, ()) for key in layers})
+    for key in plan.layers:
+        found = stand_ins_of(plan, key, layers[key])
+        if found and (why := impossible(found, layers[key].experts)):
+            raise PlanError(f"layer {key}: {why}")
+
+
+def stand_ins_of(plan: Plan, key: str, layer: LayerFacts) -> dict[int, StandIn]:
+    """Return what the experts of a layer become in a plan, by original id; experts that stay are not named."""
+    found: dict[int, StandIn] = {}
+    for name, entry in plan.layers.get(key, {}).items():
+        found |= get_kind(name).stand_ins(entry, plan.how.get(name, {}), layer)
+    return dict(sorted(found.items()))
 
 
 def _check_form(key: str, kind: Kind, entry: Entry) -> None:
@@ -138,13 +192,19 @@ def _check_form(key: str, kind: Kind, entry: Entry) -> None:
 
 def expected_bytes(plan: Plan, facts: ModelFacts) -> int:
     """Return the bytes of all tensors of the checkpoint that a plan leads to."""
-    return facts.nbytes + added_bytes(plan.layers, facts)
+    return facts.nbytes + added_bytes(plan.layers, facts, plan.how)
 
 
-def added_bytes(layers: Mapping[str, Mapping[str, Entry]], facts: ModelFacts) -> int:
-    """Return by how many bytes a checkpoint grows with the entries of a plan; negative where it shrinks."""
+def added_bytes(
+    layers: Mapping[str, Mapping[str, Entry]], facts: ModelFacts, how: Mapping[str, Mapping[str, Any]]
+) -> int:
+    """Return by how many bytes a checkpoint grows with the entries of a plan; negative where it shrinks.
+
+    `how` holds the settings of each kind.
+    """
+    kinds = {name: get_kind(name).having(how.get(name, {})) for by_kind in layers.values() for name in by_kind}
     return sum(
-        get_kind(name).added_bytes(facts.layers[key], e) for key, kinds in layers.items() for name, e in kinds.items()
+        kinds[name].added_bytes(facts.layers[key], e) for key, by_kind in layers.items() for name, e in by_kind.items()
     )
 
 

@@ -5,8 +5,8 @@ Source: MoNE (arXiv 2507.00390), whose novices these are; the gate still multipl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +14,9 @@ from understudy.entries import Entry, ids_of
 from understudy.errors import PlanError
 from understudy.facts import LayerFacts
 from understudy.kinds import Kind
+from understudy.standins import CONSTANT as CONSTANT_FORMAT
+from understudy.standins import StandIn
 from understudy.stats import ExpertStats
-
-if TYPE_CHECKING:
-    from understudy.cut import LayerCut, LayerSource
 
 
 class Constant(Kind):
@@ -40,28 +39,18 @@ class Constant(Kind):
         """Return the mean output of an expert over the tokens routed to it, `[H]` float32 (METHODS: MoNE, novice)."""
         return np.asarray(stats.mean[expert], np.float32)
 
-    def cut(self, source: LayerSource, replaced: Sequence[int]) -> LayerCut:
-        """Drop the experts' own tensors and add one vector for each, in the dtype of the experts."""
+    def stand_ins(self, entry: Entry, how: Mapping[str, Any], layer: LayerFacts | None = None) -> dict[int, StandIn]:
+        """Declare a constant for each expert."""
+        return {expert: StandIn(CONSTANT_FORMAT) for expert in ids_of(entry)}
+
+    def fill(self, made: Any, source: Any, entry: Entry, how: Mapping[str, Any], stats: ExpertStats | None) -> None:
+        """Write the vectors."""
         import torch
 
-        from understudy.checkpoint import DTYPES
-        from understudy.cut import LayerCut, tensor_bytes, without_rows
-        from understudy.layout import expert_dtype
-        from understudy.shards import Piece
-
-        assert source.stats is not None
-        stored = expert_dtype(source.checkpoint, source.tensors)
-        dtype = getattr(torch, DTYPES[stored][0])
-        added = []
-        for expert in sorted(replaced):
-            vector = torch.from_numpy(self.answer(source.stats, expert)).to(dtype)
-            added.append(Piece(source.names[expert], stored, tuple(vector.shape), (tensor_bytes(vector),)))
-        return LayerCut(
-            gone=source.own_tensors(replaced),
-            changed=without_rows(source.checkpoint, source.tensors.stacked, source.kept(replaced)),
-            added=added,
-            declared={expert: source.names[expert] for expert in sorted(replaced)},
-        )
+        assert stats is not None, "the kind needs statistics"
+        for expert in ids_of(entry):
+            vector = torch.from_numpy(self.answer(stats, expert))
+            made.constants.data[made.constant_row(expert)] = vector.to(made.constants.dtype)
 
     def check(self, layers: Mapping[str, LayerFacts], entries: Mapping[str, Entry]) -> None:
         """Refuse a layer that keeps no expert."""

@@ -66,8 +66,8 @@ class Drop(Kind):
             other = first.setdefault(layers[key].experts, key)
             if len(chosen) != len(entries[other]):
                 raise PlanError(
-                    f"drop takes {len(entries[other])} experts from layer {other} and {len(chosen)} from layer {key}; "
-                    "stock loaders need the same number in every layer; even them out or use --kind constant"
+                    f"{self.name} takes {len(entries[other])} experts from layer {other} and {len(chosen)} from layer "
+                    f"{key}; stock loaders need the same number in every layer; even them out or use --kind constant"
                 )
 
 
@@ -75,20 +75,22 @@ def _check_layer(kind: Drop, key: str, layer: LayerFacts, chosen: Sequence[int])
     left, most = layer.experts - len(chosen), kind.most(layer)
     if left < layer.top_k:
         raise PlanError(
-            f"layer {key}: drop leaves {left} of {layer.experts} experts, fewer than the {layer.top_k} that each token "
-            f"uses (top-k); at most {most} can go (ratio {most / layer.experts:.6g})"
+            f"layer {key}: {kind.name} leaves {left} of {layer.experts} experts, fewer than the {layer.top_k} that "
+            f"each token uses (top-k); at most {most} can go (ratio {most / layer.experts:.6g})"
         )
     size = layer.experts // layer.groups
     taken = Counter(i // size for i in chosen)
     if len({taken[group] for group in range(layer.groups)}) > 1:
         raise PlanError(
-            f"layer {key}: its router chooses among {layer.groups} groups of {size} consecutive experts, and drop must "
-            f"take the same number from each; the plan takes {', '.join(str(taken[g]) for g in range(layer.groups))}"
+            f"layer {key}: its router chooses among {layer.groups} groups of {size} consecutive experts, and "
+            f"{kind.name} must take the same number from each; the plan takes "
+            f"{', '.join(str(taken[g]) for g in range(layer.groups))}"
         )
     if len(chosen) > most:
         raise PlanError(
-            f"layer {key}: drop leaves {left // layer.groups} experts in each of the {layer.groups} groups of the "
-            f"router, which needs {_least_in_group(layer)}; at most {most} can go (ratio {most / layer.experts:.6g})"
+            f"layer {key}: {kind.name} leaves {left // layer.groups} experts in each of the {layer.groups} groups of "
+            f"the router, which needs {_least_in_group(layer)}; at most {most} can go "
+            f"(ratio {most / layer.experts:.6g})"
         )
 
 

@@ -6,6 +6,6 @@ FREQUENCY = Method(
     name="frequency",
     score="frequency",
     kind="drop",
-    scopes=("layer", "model"),
+    scopes=("layer", "model", "mass"),
     paper="expert frequency, the baseline in arXiv 2510.13999 and others",
 )

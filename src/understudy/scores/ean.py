@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from understudy.scores import Context, Score, per
+from understudy.scores import Context, Score
 from understudy.stats import ExpertStats
 
 
@@ -13,20 +13,9 @@ def ean(stats: ExpertStats, context: Context) -> np.ndarray:
     return np.asarray(stats.norm_sum)
 
 
-def ean_mean(stats: ExpertStats, context: Context) -> np.ndarray:
-    """Average the output norm over the routed tokens."""
-    return per(stats.norm_sum, stats.count)
-
-
 EAN = Score(
     name="ean",
     source="expert activation norm, MC-Suite, arXiv 2504.05586: sum of |y| over the tokens routed to the expert",
     needs=("norm_sum",),
     compute=ean,
-)
-EAN_MEAN = Score(
-    name="ean_mean",
-    source="mean expert activation norm (MAN), arXiv 2606.15716: mean of |y| over the tokens routed to the expert",
-    needs=("count", "norm_sum"),
-    compute=ean_mean,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -17,32 +16,35 @@ import numpy as np
 
 from understudy._version import __version__
 from understudy.checkpoint import Checkpoint, resolve
-from understudy.cut import LayerSource, novice_names
 from understudy.entries import ids_of
 from understudy.errors import NumericError, OutputError, PlanError, StatsError, UnderstudyError, reason
 from understudy.facts import ModelFacts, parse_bytes
 from understudy.held import held
 from understudy.kinds import check_plan, expected_bytes, get_kind
 from understudy.layout import expert_tensors, model_facts, vllm_refuses
-from understudy.loading import declare_constants
-from understudy.moe import expert_count_keys, text_config
 from understudy.plans import Plan, load_plan
-from understudy.shards import MAX_SHARD, Piece, whole, write_folder
+from understudy.shards import MAX_SHARD, write_folder
 from understudy.skeleton import Skeleton
-from understudy.stats import Stats, file_hash, load_stats
+from understudy.standins import declared, declared_absent, known_to_engines
+from understudy.stats import Stats, file_hash, load_stats, require
 from understudy.verify import verify_folder
+from understudy.virtual import outcome
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What `apply` wrote: the folder, bytes of its tensors, bytes of the source's, and how it loads."""
+    """What `apply` wrote: the folder, bytes of its tensors, bytes of the source's, and how it loads.
+
+    `at_full_size`: stand-ins were written out as full experts, so that nothing is saved.
+    """
 
     folder: Path
     nbytes: int
     source_nbytes: int
     loads: str
+    at_full_size: bool = False
 
 
 def apply(
@@ -53,6 +55,7 @@ def apply(
     stats: Stats | str | os.PathLike[str] | None = None,
     max_shard_size: str | None = None,
     trust_remote_code: bool = False,
+    materialise: bool = False,
     artefacts: dict[str, Path] | None = None,
     extra_files: dict[str, Path] | None = None,
     progress: Progress | None = None,
@@ -65,6 +68,8 @@ def apply(
         out: the new folder; it appears when it is complete and verified, never before.
         stats: statistics that the stand-ins are made of; `drop` needs none.
         max_shard_size: size of a shard file, as `5GB`.
+        materialise: write experts that share weights or lost neurons at full size, each with its own copy, so that the
+            folder is an ordinary checkpoint that loads anywhere and saves no memory.
         artefacts: files to carry along in `out/understudy/`, by name.
         extra_files: files to put beside the weights (a model card, say), by name.
         progress: called with (what is going on, done, all).
@@ -88,18 +93,20 @@ def apply(
     _check_parent(decided, stats)
     if target.absolute().is_relative_to(folder.absolute()):
         raise OutputError(f"{target} lies inside the source {folder}, which is only read; choose another --out")
-    pieces, config = _cut(source, decided, known)
-    written = sum(p.nbytes for p in pieces)
-    assert written == expected_bytes(decided, facts)
+    cut = outcome(source, decided, known, materialise)
+    written = sum(p.nbytes for p in cut.pieces)
+    assert written == (facts.nbytes if cut.at_full_size else expected_bytes(decided, facts))
     report = progress or (lambda what, done, total: None)
     with _staging(target) as staging:
-        write_folder(staging, source.checkpoint, pieces, max_shard=limit, progress=partial(report, "write"))
-        _write_rest(staging, source.checkpoint, config)
+        write_folder(staging, source.checkpoint, cut.pieces, max_shard=limit, progress=partial(report, "write"))
+        cut.workshop.release()
+        _write_rest(staging, Checkpoint(folder), cut.config)
         _write_artefacts(staging, decided, plan_file, stats, artefacts or {})
         for name, path in (extra_files or {}).items():
             shutil.copyfile(path, staging / name)
-        verify_folder(source, staging, decided, pieces, known, trust_remote_code, partial(report, "verify"))
-    return Applied(target, written, source.checkpoint.nbytes, _loads(source, decided, config))
+        verify_folder(source, staging, decided, cut.pieces, known, trust_remote_code, partial(report, "verify"))
+    loads = _loads(source, decided, cut.config)
+    return Applied(target, written, source.checkpoint.nbytes, loads, cut.at_full_size)
 
 
 def free_target(out: str | os.PathLike[str]) -> Path:
@@ -139,6 +146,8 @@ def _staging(target: Path) -> Iterator[Path]:
 def _loads(source: Skeleton, plan: Plan, config: dict[str, Any]) -> str:
     if "compression_config" not in config:
         return "stock transformers and vLLM"
+    if declared_absent(config) or any(not known_to_engines(found) for found in (declared(config) or {}).values()):
+        return "transformers after `import understudy`"
     changed = [layer for layer in source.layers if plan.layers.get(layer.key)]
     if any(vllm_refuses(layer, expert_tensors(source, layer)) for layer in changed):
         return "transformers after `import understudy`"
@@ -146,7 +155,10 @@ def _loads(source: Skeleton, plan: Plan, config: dict[str, Any]) -> str:
 
 
 def _check_stats(plan: Plan, stats: Stats | None, facts: ModelFacts) -> None:
-    needed = {kind for kinds in plan.layers.values() for kind in kinds if get_kind(kind).needs}
+    needs = {
+        kind: get_kind(kind).having(plan.how.get(kind, {})).needs for kinds in plan.layers.values() for kind in kinds
+    }
+    needed = [kind for kind, fields in needs.items() if fields]
     if stats is None and needed:
         raise StatsError(f"the plan has {', '.join(sorted(needed))}, made of statistics; give --stats")
     if stats is not None and stats.model.fingerprint != facts.fingerprint:
@@ -155,10 +167,14 @@ def _check_stats(plan: Plan, stats: Stats | None, facts: ModelFacts) -> None:
             f"({facts.fingerprint}); calibrate this model"
         )
     for key, kinds in plan.layers.items():
-        for kind, ids in kinds.items():
-            for name in get_kind(kind).needs:
-                assert stats is not None
-                if not np.isfinite(getattr(stats.layers[key], name)[list(ids)]).all():
+        for kind, entry in kinds.items():
+            if stats is None or not needs[kind]:
+                continue
+            require(stats, needs[kind], kind)
+            for name in needs[kind]:
+                value = np.asarray(getattr(stats.layers[key], name))
+                rows = value[list(ids_of(entry))] if value.ndim else value
+                if not np.isfinite(rows).all():
                     raise NumericError(f"layer {key}: the statistics hold NaN or infinity ({name}); calibrate again")
 
 
@@ -171,60 +187,6 @@ def _check_parent(plan: Plan, stats: Any) -> None:
             f"the plan was made from statistics {plan.stats}, {os.fspath(stats)} is {given}; give those, or remove the "
             "line `stats:` from the plan to use others"
         )
-
-
-def _cut(source: Skeleton, plan: Plan, stats: Stats | None) -> tuple[list[Piece], dict[str, Any]]:
-    """All tensors to write, in the order of the source, and the new config.json."""
-    entries = source.checkpoint.entries
-    config = copy.deepcopy(source.checkpoint.config)
-    names = novice_names(source, plan)
-    gone: set[str] = set()
-    changed: dict[str, Piece] = {}
-    added: dict[str, list[Piece]] = {}
-    declared: dict[str, dict[int, str]] = {}
-    remaining: int | None = None
-    for layer in source.layers:
-        for name, listed in plan.layers.get(layer.key, {}).items():
-            replaced = ids_of(listed)
-            kind = get_kind(name)
-            tensors = expert_tensors(source, layer)
-            known = stats.layers[layer.key] if stats else None
-            given = LayerSource(layer, tensors, source.checkpoint, known, names.get(layer.key, {}))
-            cut = kind.cut(given, replaced)
-            gone |= cut.gone
-            changed |= cut.changed
-            added.setdefault(max(tensors.all_experts), []).extend(cut.added)
-            if cut.declared:
-                declared[layer.name] = cut.declared
-            if kind.renumbers:
-                remaining = layer.num_experts - len(replaced)
-    if declared:
-        config["compression_config"] = declare_constants(declared)
-    if remaining is not None:
-        _set_expert_count(config, source, remaining)
-    pieces: list[Piece] = []
-    for key, entry in entries.items():
-        if key not in gone:
-            pieces.append(changed.get(key, whole(entry)))
-        pieces.extend(added.get(key, ()))
-    return pieces, config
-
-
-def _set_expert_count(config: dict[str, Any], source: Skeleton, remaining: int) -> None:
-    """Write the new number of experts where the config keeps it, under every name that it goes by there."""
-    inner = text_config(source.config)
-    raw = config
-    if inner is not source.config:
-        raw = next(
-            (config[n] for n in source.config.sub_configs if getattr(source.config, n, None) is inner and n in config),
-            config,
-        )
-    before = source.layers[0].num_experts
-    names = set(expert_count_keys(inner, before))
-    names |= {getattr(inner, "attribute_map", {}).get(n, n) for n in names}
-    present = [n for n in names if raw.get(n) == before]
-    for name in present or sorted(names)[:1]:
-        raw[name] = remaining
 
 
 def _write_rest(staging: Path, source: Checkpoint, config: dict[str, Any]) -> None:

@@ -7,34 +7,28 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import nn
-
 from understudy._version import __version__
-from understudy.activations import ActivationStore
-from understudy.checkpoint import resolve
+from understudy.checkpoint import Checkpoint, resolve
+from understudy.collection import Progress, collect, collect_weights
+from understudy.collectors.base import open_base
 from understudy.data import Blocks, token_blocks
-from understudy.errors import DataError, NumericError, OutputError, StatsError, reason
-from understudy.facts import ModelFacts, parse_bytes
+from understudy.errors import DataError, NumericError, OutputError, StatsError, UnderstudyError, reason
+from understudy.facts import ModelFacts
 from understudy.held import held, work_folder
 from understudy.layout import model_facts
-from understudy.moe import MoELayer
 from understudy.processes import Processes, join_processes
 from understudy.recipe import Calibration, settings_from
 from understudy.runtime import pick_device
+from understudy.sequential import Sequential, with_needs
 from understudy.skeleton import Skeleton
-from understudy.stats import ExpertStats, Probe, Stats, load_stats
-from understudy.tap import Tap
+from understudy.stats import Stats, load_stats
 from understudy.tokens import load_tokenizer, longest_sequence
-from understudy.walk import Walk
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[int, int], None]
 
 
 def calibrate(
@@ -43,6 +37,7 @@ def calibrate(
     *,
     progress: Progress | None = None,
     settings: Calibration | None = None,
+    blocks: Blocks | None = None,
     **options: Any,
 ) -> Stats:
     """Run text through a model, layer by layer, and write the statistics of its experts to `out`.
@@ -52,12 +47,14 @@ def calibrate(
         out: the statistics file; a work folder beside it holds finished layers until the end, and a later call with the
             same model, data and settings goes on from there.
         progress: called with (finished layers, all layers).
-        settings: every setting; or give them by name (`data`, `samples`, `seq_len`, ... of `recipe.Calibration`).
+        settings: every setting; or give them by name (`data`, `samples`, `seq_len`, ... of `recipe.Calibration`). With
+            `weights_only` no text is read, and only what the weights themselves say is written.
+        blocks: what these settings draw, where that is known already; large text takes long to tokenise.
 
     Raises:
         UnderstudyError: bad model, data or settings, or an output that exists already.
     """
-    chosen = settings_from(Calibration, settings, options)
+    chosen = _checked(settings_from(Calibration, settings, options))
     target = Path(out)
     if target.exists():
         raise OutputError(f"{target} exists already; choose another --out or remove it")
@@ -72,15 +69,25 @@ def calibrate(
     )
     if skeleton.has_stand_ins:
         raise StatsError(f"{folder} holds stand-ins already; calibrate the original model")
-    blocks, facts = _blocks(skeleton, folder, chosen), model_facts(skeleton, str(model))
+    facts = model_facts(skeleton, str(model))
+    base = open_base(skeleton, chosen.base) if chosen.base else None
+    if chosen.weights_only:
+        found = _of_weights(skeleton, facts, chosen, base, progress)  # every process reads them all
+        if processes.rank == 0:
+            with held(target):
+                found.save(target)
+        processes.wait()
+        return found
+    remake = Sequential(facts, chosen) if chosen.sequential else None
+    blocks = blocks or _blocks(skeleton, folder, chosen)
     with held(target) if processes.rank == 0 else nullcontext():
-        work = work_folder(target) / _run_key(skeleton, blocks, chosen, processes)
+        work = work_folder(target) / _run_key(skeleton, blocks, chosen, base, processes)
         finished = work / "stats.safetensors"
         stats = None
         if not processes.minimum(finished.exists()):  # else a run was killed while it tidied up
             _only(work, work.parent)
             try:
-                layers, probes = collect(skeleton, facts, blocks, chosen, work, progress, processes)
+                layers, probes = collect(skeleton, facts, blocks, chosen, work, progress, processes, base, remake)
             except NumericError:  # going on from there would end there again
                 _tidy(work)
                 raise
@@ -96,6 +103,20 @@ def calibrate(
     if processes.rank == 0:
         _report_unseen(stats)
     return stats
+
+
+def _checked(settings: Calibration) -> Calibration:
+    """Refuse settings that would have no effect."""
+    if settings.weights_only and (unused := [x for x in ("data", "collect", "sequential") if getattr(settings, x)]):
+        raise UnderstudyError(f"--weights-only reads no text; leave out --{unused[0]}")
+    return with_needs(settings)
+
+
+def _of_weights(
+    skeleton: Skeleton, facts: ModelFacts, settings: Calibration, base: Checkpoint | None, progress: Progress | None
+) -> Stats:
+    layers = collect_weights(skeleton, settings, progress, base)
+    return Stats(facts, _data_facts(None, settings) | {"weights_only": True}, layers)
 
 
 def _blocks(skeleton: Skeleton, folder: Path, settings: Calibration) -> Blocks:
@@ -115,114 +136,14 @@ def _blocks(skeleton: Skeleton, folder: Path, settings: Calibration) -> Blocks:
     return blocks
 
 
-def collect(
-    skeleton: Skeleton,
-    facts: ModelFacts,
-    blocks: Blocks,
-    settings: Calibration,
-    work: Path,
-    progress: Progress | None = None,
-    processes: Processes | None = None,
-) -> tuple[dict[str, ExpertStats], dict[str, Probe]]:
-    """Walk token blocks through a model and return the sums and probes of each MoE layer, by its key.
-
-    All blocks are of one length, so nothing is padded and every position counts. Finished layers are kept in `work`,
-    from where a later call with the same arguments goes on.
-    """
-    return _Run(skeleton, facts, blocks, settings, work, processes or Processes()).collect(progress)
-
-
-class _Run:
-    """One process's share of a calibration, able to go on where an interrupted one stopped."""
-
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        facts: ModelFacts,
-        blocks: Blocks,
-        settings: Calibration,
-        work: Path,
-        processes: Processes,
-    ) -> None:
-        if len(blocks.ids) < processes.world:
-            few = f"{len(blocks.ids)} blocks cannot be split over {processes.world} processes"
-            raise DataError(f"{few}; give more text or start fewer")
-        self.skeleton, self.facts, self.processes = skeleton, facts, processes
-        self.mine = work / f"rank-{processes.rank}"
-        memory = parse_bytes(settings.activation_memory)
-        self.store = ActivationStore(memory, self.mine, skeleton.device, processes.wait)
-        ids = np.array_split(blocks.ids, processes.world)[processes.rank]
-        self.walk = Walk(skeleton, ids, settings.batch_size, self.store)
-        self.by_depth: dict[int, list[MoELayer]] = {}
-        for layer in skeleton.layers:
-            self.by_depth.setdefault(layer.index, []).append(layer)
-
-    def collect(self, progress: Progress | None) -> tuple[dict[str, ExpertStats], dict[str, Probe]]:
-        """Walk the layers that are not finished, then merge the sums of all processes in the order of their rank."""
-        finished = self._resume()
-        total = self.walk.depth
-
-        def done(index: int) -> None:
-            if progress:
-                progress(index + 1, total)
-
-        if progress:
-            progress(finished, total)
-        if finished < total:
-            with self.walk.ready():
-                self.walk.through_layers(self._observe, start=finished, done=done)
-        layers, probes = {}, {}
-        for layer in self.skeleton.layers:
-            local = self._load(layer.key)
-            layers[layer.key] = self.processes.merged(local.layers[layer.key])
-            probes[layer.key] = local.probes[layer.key]
-        return layers, probes
-
-    @contextmanager
-    def _observe(self, index: int, module: nn.Module) -> Iterator[None]:
-        taps = []
-        for layer in self.by_depth.get(index, []):
-            experts = self.skeleton.model.get_submodule(layer.name)
-            taps.append((layer, Tap(experts, layer.num_experts)))
-        with ExitStack() as stack:
-            for _, tap in taps:
-                stack.enter_context(tap.attached())
-            yield
-        # Saved before the activations are committed: a kill in between repeats the layer, never skips it.
-        for layer, tap in taps:
-            assert tap.stats is not None and tap.probe is not None, f"layer {layer.key} was never called"
-            only = self.facts.model_copy(update={"layers": {layer.key: self.facts.layers[layer.key]}})
-            Stats(only, {}, {layer.key: tap.stats}, {layer.key: tap.probe}).save(self._file(layer.key))
-
-    def _resume(self) -> int:
-        """Open the last layer that every process has finished and return the number of the next; 0 where none is."""
-        batches = len(self.walk.batches)
-        latest = self.store.latest(batches)
-        if latest is None or not all(self._is_there(x.key) for x in self.skeleton.layers if x.index <= latest):
-            latest = -1
-        common = self.processes.minimum(latest)
-        if not self.processes.minimum(self.store.resume(common, batches)):
-            return 0
-        logger.info("going on at layer %d of an interrupted calibration in %s", common + 1, self.mine.parent)
-        return common + 1
-
-    def _is_there(self, key: str) -> bool:
-        try:
-            return bool(self._load(key).layers)
-        except StatsError:
-            return False
-
-    def _file(self, key: str) -> Path:
-        return self.mine / f"stats-{key}.safetensors"
-
-    def _load(self, key: str) -> Stats:
-        return load_stats(self._file(key))
-
-
-def _run_key(skeleton: Skeleton, blocks: Blocks, settings: Calibration, processes: Processes) -> str:
+def _run_key(
+    skeleton: Skeleton, blocks: Blocks, settings: Calibration, base: Checkpoint | None, processes: Processes
+) -> str:
     """Hash everything that the sums depend on, so that only the same run is ever continued."""
     parts = [__version__, skeleton.checkpoint.fingerprint, blocks.digest, str(skeleton.dtype), str(skeleton.device)]
-    identity = json.dumps([*parts, settings.experts, settings.batch_size, processes.world])
+    groups = [sorted(settings.collect), settings.dense_tokens, base and base.fingerprint]
+    groups += [settings.sequential, settings.sequential_ratio]
+    identity = json.dumps([*parts, *groups, settings.experts, settings.batch_size, processes.world])
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
@@ -250,16 +171,20 @@ def _tidy(folder: Path) -> None:
         folder.parent.rmdir()
 
 
-def _data_facts(blocks: Blocks, settings: Calibration) -> dict[str, Any]:
-    drawn = {name: int((blocks.source == i).sum()) for i, name in enumerate(blocks.names)}
+def _data_facts(blocks: Blocks | None, settings: Calibration) -> dict[str, Any]:
+    """Say what the sums are of; of no text where there is none."""
+    named = enumerate(blocks.names) if blocks else ()
     return {
         "specs": list(settings.data),
-        "blocks": drawn,
+        "blocks": {name: int((blocks.source == i).sum()) for i, name in named if blocks},
         "seq_len": settings.seq_len,
         "seed": settings.seed,
         "dtype": settings.dtype,
-        "digest": blocks.digest,
-        "notes": list(blocks.notes),
+        "digest": blocks.digest if blocks else "",
+        "collect": sorted(settings.collect),
+        "base": settings.base,
+        "sequential": settings.sequential and f"{settings.sequential} at {settings.sequential_ratio:g}",
+        "notes": list(blocks.notes) if blocks else [],
     }
 
 

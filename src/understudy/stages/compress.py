@@ -14,26 +14,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from understudy._version import __version__
 from understudy.card import Card, commands, read_card
 from understudy.checkpoint import resolve
 from understudy.data import token_blocks
+from understudy.entries import ids_of
 from understudy.errors import OutputError, StatsError, UnderstudyError, reason
-from understudy.facts import LayerFacts, ModelFacts, format_bytes, parse_bytes
+from understudy.facts import ModelFacts, format_bytes, parse_bytes
 from understudy.held import held, work_folder
 from understudy.kinds import get_kind
 from understudy.methods import get_method
 from understudy.processes import join_processes
+from understudy.ranking import planning_needs
 from understudy.recipe import Calibration, Selection, settings_from
+from understudy.rehearsal import made_up
 from understudy.runtime import pick_device
+from understudy.sequential import as_planned, with_needs
 from understudy.stages.apply import apply, free_target
 from understudy.stages.calibrate import calibrate
 from understudy.stages.inspect import Inspection, inspect
-from understudy.stages.select import PlanResult, make_plan
-from understudy.stats import ExpertStats, Stats, load_stats
-from understudy.sums import required_fields
+from understudy.stages.select import PlanResult, check_settings, make_plan
+from understudy.stats import EXTRA, load_stats
+from understudy.sums import groups_for
 from understudy.tokens import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ class Compressed:
             "out": str(self.folder),
             "method": self.plan.plan.method,
             "experts": self.plan.facts.experts,
-            "replaced": sum(len(ids) for kinds in layers.values() for ids in kinds.values()),
+            "replaced": sum(len(ids_of(entry)) for kinds in layers.values() for entry in kinds.values()),
             "bytes": self.nbytes,
             "load_bytes": self.plan.load_bytes,
             "source_bytes": self.source_nbytes,
@@ -98,10 +100,14 @@ def compress(
     if max_shard_size:
         parse_bytes(max_shard_size)
     target = free_target(out)
+    calibration = _collecting(calibration, selection)
     found = inspect(model, trust_remote_code=calibration.trust_remote_code)
     if found.facts is None:
         raise StatsError(f"{model} holds stand-ins already; compress the original model")
-    _rehearse(found.facts, selection, target)
+    rehearsed = _rehearse(found.facts, calibration, selection, target)
+    if get_method(selection.method).sequential and calibration.sequential is None:
+        ratio = selection.ratio if rehearsed is None else rehearsed.ratio
+        calibration = with_needs(as_planned(calibration, selection.method, ratio))
     report = progress or (lambda what, done, total: None)
     processes = join_processes(pick_device(calibration.device))
     with held(_work_name(target)) if processes.rank == 0 else nullcontext():
@@ -146,26 +152,39 @@ def _settings(
     return settings_from(Calibration, calibration, mine), settings_from(Selection, selection, theirs)
 
 
-def _rehearse(facts: ModelFacts, selection: Selection, target: Path) -> None:
+def _collecting(calibration: Calibration, selection: Selection) -> Calibration:
+    """Add to what is collected all that the plan and its stand-ins need.
+
+    Raises:
+        PlanError: settings that contradict each other.
+        StatsError: the method compares with a base checkpoint, and none is given.
+    """
+    method, kind, _ = check_settings(selection)
+    groups = groups_for({*planning_needs(method, selection), *kind.needs})
+    if "base" in groups and calibration.base is None:
+        raise StatsError(f"method {method.name} needs --base MODEL, the checkpoint that this one was trained from")
+    collect = tuple(group for group in EXTRA if group in groups or group in calibration.collect)
+    return calibration.model_copy(update={"collect": collect})
+
+
+def _rehearse(facts: ModelFacts, calibration: Calibration, selection: Selection, target: Path) -> PlanResult | None:
     """Plan on made-up statistics: what is wrong with the settings or out of the model's reach shows without any text.
 
     Raises:
         PlanError: settings that contradict each other, or that no plan can meet.
+        StatsError: the method needs text, and none is to be read.
         OutputError: there is not enough room on the disk.
     """
-    layers = {key: _made_up(layer) for key, layer in facts.layers.items()}
-    needed = make_plan(Stats(facts, {}, layers), selection).expected_bytes
+    stats = made_up(facts, planning_needs(get_method(selection.method), selection), calibration.weights_only)
+    if stats is None:
+        logger.info("%s: the width of its experts is not known before the calibration", facts.source)
+        return None
+    planned = make_plan(stats, selection)
+    needed = planned.expected_bytes
     place = next(folder for folder in target.absolute().parents if folder.exists())
     if (free := shutil.disk_usage(place).free) < needed:
         raise OutputError(f"{target}: {format_bytes(needed)} are needed, {format_bytes(free)} are free")
-
-
-def _made_up(layer: LayerFacts) -> ExpertStats:
-    """Statistics of a layer that no method refuses, with one column where there would be many."""
-    one_E, one_E1 = np.ones(layer.experts), np.ones((layer.experts, 1))
-    return ExpertStats(
-        **(dict.fromkeys(required_fields(), one_E) | {"mean": one_E1, "weighted_mean": one_E1, "tokens": np.float64(1)})
-    )
+    return planned
 
 
 def _identity(facts: ModelFacts, calibration: Calibration) -> str:
@@ -182,6 +201,8 @@ def _usable(stats_file: Path, model: str | os.PathLike[str], calibration: Calibr
         digest = load_stats(stats_file, only=()).data.get("digest")
     except UnderstudyError:
         return False
+    if calibration.weights_only:
+        return True
     blocks = token_blocks(
         calibration.data,
         load_tokenizer(resolve(model), calibration.trust_remote_code),

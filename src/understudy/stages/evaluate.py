@@ -12,8 +12,11 @@ from typing import Any
 from understudy._version import __version__
 from understudy.activations import ActivationStore
 from understudy.checkpoint import resolve
+from understudy.comparison import Example
 from understudy.data import Blocks, token_blocks
 from understudy.errors import DataError, UnderstudyError
+from understudy.examples import FILE as EXAMPLES
+from understudy.examples import save_examples, worst_examples
 from understudy.facts import parse_bytes
 from understudy.harness import Harness
 from understudy.metrics import Metrics
@@ -29,7 +32,8 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 Tasks = dict[str, dict[str, float | None]]  # value by task and metric
 
-_TEXT_ONLY = ("samples", "seq_len", "seed", "activation_memory")  # settings without effect where no text is read
+# settings without effect where no text is read, or no tasks are run
+_TEXT_ONLY = ("samples", "seq_len", "seed", "activation_memory", "examples")
 _TASKS_ONLY = ("include_path", "limit", "num_fewshot")
 
 
@@ -72,7 +76,7 @@ def evaluate(
         UnderstudyError: bad models, data, tasks or settings; two models that do not read text alike.
     """
     chosen = settings_from(Evaluation, settings, options)
-    _check_settings(chosen)
+    _check_settings(chosen, compared=against is not None)
     report = progress or (lambda what, done, total: None)
     subject = _open(model, chosen)
     original = None if against is None else _open(against, chosen)
@@ -84,6 +88,7 @@ def evaluate(
     if chosen.tasks:
         harness = Harness(chosen.tasks, chosen.include_path, {"pretrained": str(subject.folder.absolute())})
     quality = None if blocks is None else _read_text(subject, original, blocks, chosen, report)
+    examples, failed = _examples(subject, original, blocks, quality, chosen, report)
     tasks = [
         _answer_tasks(harness, who, chosen, f"tasks {what}", report)
         for who, what in ((subject, "model"), (original, "original"))
@@ -92,20 +97,20 @@ def evaluate(
         **_figures(subject, quality, tasks[0]),
         against=None if original is None else _figures_of_original(original, quality, tasks[1]),
         provenance=_provenance(subject, original, chosen, blocks, harness),
-        notes=_notes(chosen, blocks),
+        notes=(*_notes(chosen, blocks), *failed),
     )
-    return _save(metrics, Path(model), subject)
+    return _save(metrics, examples, Path(model), subject)
 
 
-def _check_settings(settings: Evaluation) -> None:
+def _check_settings(settings: Evaluation, compared: bool) -> None:
     """Refuse a setting without effect: whoever gave it expects one."""
     idle: tuple[str, ...] = _TASKS_ONLY
     if settings.tasks:
         idle = () if settings.data else _TEXT_ONLY
     fields = Evaluation.model_fields
-    for name in idle:
+    for name in (*idle, *(() if compared else ("examples",))):
         if getattr(settings, name) != fields[name].default:
-            needed = "--data" if name in _TEXT_ONLY else "--tasks"
+            needed = "--data" if name in _TEXT_ONLY and name in idle else "--tasks" if name in idle else "--against"
             raise UnderstudyError(f"--{name.replace('_', '-')} has no effect without {needed}; leave it out")
 
 
@@ -166,6 +171,29 @@ def _read_text(
     stores = [ActivationStore(limit, device=who.skeleton.device) for who in both]
     walks = [Walk(w.skeleton, blocks.ids, settings.batch_size, s) for w, s in zip(both, stores, strict=True)]
     return measure([(walk, who.routes.observe) for walk, who in zip(walks, both, strict=True)], blocks, report)
+
+
+def _examples(
+    subject: _Subject,
+    original: _Subject | None,
+    blocks: Blocks | None,
+    quality: Quality | None,
+    settings: Evaluation,
+    report: Progress,
+) -> tuple[list[Example], tuple[str, ...]]:
+    """Let both models go on with the blocks on which they differ most; where they cannot, a note says why."""
+    if original is None or blocks is None or quality is None or quality.kl_by_block is None or not settings.examples:
+        return [], ()
+    report("examples", 0, 1)
+    tokenizer = load_tokenizer(original.folder, settings.trust_remote_code)
+    try:
+        found = worst_examples(
+            subject.skeleton, original.skeleton, blocks, quality.kl_by_block, tokenizer, count=settings.examples
+        )
+    except UnderstudyError as error:
+        return [], (f"no examples were generated: {error}",)
+    report("examples", 1, 1)
+    return found, ()
 
 
 def _answer_tasks(
@@ -247,12 +275,15 @@ def _notes(settings: Evaluation, blocks: Blocks | None) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _save(metrics: Metrics, given: Path, subject: _Subject) -> Metrics:
-    """Write the metrics into a local model folder; where that cannot be, a note says so."""
+def _save(metrics: Metrics, examples: list[Example], given: Path, subject: _Subject) -> Metrics:
+    """Write metrics and examples into a local model folder; where that cannot be, a note says so."""
     note = f"{subject.given} is no local folder, so no metrics.json was written"
     if given.expanduser() == subject.folder:
         try:
-            metrics.save(subject.folder / "understudy" / "metrics.json")
+            target = metrics.save(subject.folder / "understudy" / "metrics.json")
+            target.with_name(EXAMPLES).unlink(missing_ok=True)  # of an earlier evaluation, on other text perhaps
+            if examples:
+                save_examples(examples, target.with_name(EXAMPLES), metrics.provenance)
             return metrics
         except OSError as error:
             note = f"metrics.json was not written into {subject.folder} ({error.strerror})"

@@ -138,7 +138,8 @@ def _possibility(kind: Kind, facts: ModelFacts | None) -> Possibility:
     most = min(kind.most(layer) / layer.experts for layer in facts.layers.values())
     if most <= 0:
         return Possibility(False, f"every token uses all experts that {kind.name} would have to leave", 0.0, {})
-    return Possibility(True, None, most, {str(ratio): _expected(kind, facts, ratio) for ratio in RATIOS})
+    ratios = RATIOS if kind.losers else ()  # what another kind saves depends on more than how many experts it takes
+    return Possibility(True, None, most, {str(ratio): _expected(kind, facts, ratio) for ratio in ratios})
 
 
 def _expected(kind: Kind, facts: ModelFacts, ratio: float) -> dict[str, int] | None:

@@ -1,0 +1,77 @@
+"""Merge experts in weight space: line up their neurons, then average; and run what comes out, slowly.
+
+Letters: I width of an expert, D numbers that make one of its neurons (`channels.neurons`), n tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from understudy.channels import channel_width, neurons, rest, set_neurons, set_rest, sliced
+
+
+def merged(experts: Any, group: Sequence[int], shares: Sequence[float], align: str) -> tuple[Tensor, Tensor]:
+    """Average experts, each lined up with the first: neurons `[I, D]`, and what belongs to no neuron, as a vector.
+
+    Sums are taken in float32, or in the dtype of the weights where that is wider.
+
+    Args:
+        experts: the live module that holds the experts of a layer.
+        group: rows of the module, the dominant first.
+        shares: what each of them is multiplied by.
+        align: how the neurons of the others are matched with the dominant's, see `matching`.
+    """
+    exact = torch.promote_types(experts.down_proj.dtype, torch.float32)
+    lead = neurons(experts, group[0]).to(exact)
+    of_neurons, of_rest = shares[0] * lead, shares[0] * rest(experts, group[0]).to(exact)
+    for row, share in zip(group[1:], shares[1:], strict=True):
+        own = neurons(experts, row).to(exact)
+        of_neurons += share * own[matching(lead, own, align)]
+        of_rest += share * rest(experts, row).to(exact)
+    return of_neurons, of_rest
+
+
+def matching(lead: Tensor, own: Tensor, align: str) -> Tensor:
+    """Return which neuron of `own` goes with each of `lead`, both `[I, D]`, as an index `[I]`.
+
+    The order of an expert's neurons means nothing, so two experts are best averaged after a permutation, which is found
+    as an assignment (Hungarian method):
+
+    * `none`: as they stand.
+    * `weights`: the largest sum of inner products of gate row, up row and down column (MC-SMoE, arXiv 2310.01334).
+    * `directions`: the smallest sum of distances between those vectors brought to unit length: the half of REAM's cost
+      (arXiv 2604.04356) that is of weights, in all dimensions and not in 64 principal ones. The other half, distances
+      of activations token by token, would need activations of every expert on the same tokens, which no sums hold.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if align == "none":
+        return torch.arange(len(lead), device=own.device)
+    if align == "weights":
+        _, columns = linear_sum_assignment((lead @ own.T).cpu().numpy(), maximize=True)
+    else:
+        assert align == "directions"
+        distance = torch.cdist(torch.nn.functional.normalize(lead, dim=1), torch.nn.functional.normalize(own, dim=1))
+        _, columns = linear_sum_assignment(distance.cpu().numpy())
+    return torch.from_numpy(columns).to(own.device)
+
+
+def run_merged(experts: Any, group: Sequence[int], shares: Sequence[float], align: str, hidden: Tensor) -> Tensor:
+    """Return what the merged expert answers tokens `[n, H]`, before any gate: `[n, H]` float32.
+
+    The family's own module runs, cut to the dominant, whose weights are overwritten in the dtype they are stored in.
+    """
+    with torch.no_grad():
+        everything = torch.arange(channel_width(experts))[None]
+        alone = sliced(experts, [group[0]], everything)
+        of_neurons, of_rest = merged(experts, group, shares, align)
+        set_neurons(alone, 0, of_neurons)
+        set_rest(alone, 0, of_rest)
+        tokens = hidden.to(alone.down_proj.dtype)
+        first = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
+        answer: Tensor = alone(tokens, first, torch.ones_like(first, dtype=tokens.dtype))
+    return answer.float()
