@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -17,13 +18,14 @@ import small
 import zoo
 from contract import one_expert
 from understudy.activations import ActivationStore
+from understudy.channels import channel_views, channel_width, rest, set_rest
 from understudy.collectors import Resident, Watch, all_collectors, collectors_for
 from understudy.errors import CheckpointError, UnderstudyError
 from understudy.recipe import Calibration
 from understudy.skeleton import Skeleton
 from understudy.stages.calibrate import calibrate
 from understudy.stats import EXTRA, ExpertStats, load_stats
-from understudy.sums import group_of
+from understudy.sums import FEW, group_of
 from understudy.walk import Walk
 
 BATCH, DENSE = 2, 7
@@ -181,7 +183,21 @@ def of_dense(seen: Seen, E: int, H: int) -> dict[str, Any]:
         "dense_sum": np.array([a.sum(0) for a in y]),
         "dense_cos_sum": np.array(cos).reshape(E, E),
         "dense_hsic": np.array(hsic).reshape(E, E),
+        "dense_activations": activations_of(seen, E, places),
     }
+
+
+def activations_of(seen: Seen, E: int, places: list[int]) -> np.ndarray:
+    """Activations [E, I, N] of a layer's experts: what they put out where `down_proj` hands each neuron through."""
+    plain, width, H = copy.deepcopy(seen.experts), channel_width(seen.experts), seen.x.shape[1]
+    found = np.empty((E, width, len(places)))
+    for e in range(E):
+        set_rest(plain, e, torch.zeros_like(rest(plain, e)))
+        for start in range(0, width, H):  # as many as an expert puts out
+            channel_views(plain)["down"][e].copy_(torch.eye(width + H, H)[:width].roll(start, 0))
+            for n, t in enumerate(places):
+                found[e, start : start + H, n] = one_expert(plain, seen.x[t], e)[: width - start].numpy()
+    return found
 
 
 def folder_of(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -215,6 +231,30 @@ def test_parts_add_up(family: str, tmp_path: Path) -> None:
                 continue  # centred over what one process has
             other, scale = merged[key].arrays()[name], float(np.abs(value).max())
             np.testing.assert_allclose(other, value, rtol=1e-5, atol=1e-6 * scale, err_msg=f"layer {key}, {name}")
+
+
+def test_activations_are_of_a_few_tokens_spread_over_the_text(tmp_path: Path) -> None:
+    """The same few, however the text is split; of two runs on different text those of the first, then of the second."""
+    folder, ids = folder_of("olmoe", tmp_path / "model"), tokens(rows=9)
+    many = ALL.model_copy(update={"dense_tokens": 80})
+    whole = watched(folder, ids, many)
+    parts = [watched(folder, part, many, first, 81) for part, first in ((ids[:4], 0), (ids[4:], 36))]
+    model = zoo.model_class("olmoe").from_pretrained(folder).eval().requires_grad_(False)
+    layer = Skeleton(folder).layers[-1]
+    tokens_of = [round(place) for place in np.linspace(0, 80, 80)]
+    places = [tokens_of[round(k)] for k in np.linspace(0, 79, FEW)]
+    expected = activations_of(Seen(model, layer, ids), layer.num_experts, places)
+    one, (a, b) = whole[layer.key], (part[layer.key] for part in parts)
+    np.testing.assert_allclose(one.dense_activations, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
+    assert one.dense_activations.dtype == np.float32
+    assert 0 < a.dense_activations.shape[2] < FEW
+    np.testing.assert_allclose((a + b).dense_activations, one.dense_activations, rtol=1e-4, atol=1e-7)
+    more = (a + one).dense_activations
+    assert more.shape == one.dense_activations.shape
+    n = a.dense_activations.shape[2]
+    np.testing.assert_array_equal(more[:, :, :n], a.dense_activations)
+    np.testing.assert_array_equal(more[:, :, n:], one.dense_activations[:, :, : FEW - n])
+    np.testing.assert_array_equal((one + a).dense_activations, one.dense_activations)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "qwen2_moe"])

@@ -130,6 +130,9 @@ def test_seeds_draw_other_text_and_other_random_experts(finished: Path) -> None:
 
 def test_the_table_has_a_row_a_record(finished: Path) -> None:
     rows = list(csv.DictReader((finished / "results.csv").open()))
+    table = (finished / "results.md").read_text().splitlines()
+    assert {line.split("`")[1] for line in table if line.startswith("| `")} == {row["label"] for row in rows}
+    assert len({line.count("|") for line in table if line.startswith("|")}) == 1
     records = load_results(finished).results
     assert [row["label"] for row in rows] == [record.label for record in records]
     for row, record in zip(rows, records, strict=True):
@@ -253,6 +256,14 @@ def test_speed_of_a_model_against_itself(tmp_path: Path) -> None:
     assert found.peak_memory_bytes == found.original_peak_memory_bytes
     assert 0.1 < found.prefill_ratio < 10
     assert (found.decoded_tokens, found.repeats) == (3, 1)
+
+
+def test_an_end_token_does_not_stop_the_clock(tmp_path: Path) -> None:
+    source = model_folder(tmp_path / "model")
+    model = Skeleton(source)
+    model.model.generation_config.eos_token_id = list(range(64))  # whatever comes first would end it
+    found = measure_speed(model, Skeleton(source), np.arange(8, 24), decoded=3, repeats=1)
+    assert found.decoded_tokens == 3
 
 
 def test_allocations_are_followed_until_they_are_let_go_of() -> None:

@@ -68,7 +68,8 @@ class Seen:
                 cosine[i, j] += slow_cosine(self.answers[t, i], self.answers[t, j])
             hsic[i, j] = float(((centred[:, i].T @ centred[:, j]) ** 2).sum())
         more = {"logit_gram": gram, "dense_tokens": np.float64(T), "dense_sum": self.answers.sum(0)}
-        return replace(sums_of(self.routes), **more, dense_cos_sum=cosine, dense_hsic=hsic)
+        more |= {"dense_cos_sum": cosine, "dense_hsic": hsic, "dense_activations": np.ones((E, 3, 2), np.float32)}
+        return replace(sums_of(self.routes), **more)
 
     def count(self, expert: int) -> int:
         return len(self.routes.of(expert))
@@ -371,20 +372,24 @@ def sums_with(count: list[float], gate_sum: list[float], gated_norm_sum: list[fl
     return replace(base, count=np.array(count), gate_sum=np.array(gate_sum), gated_norm_sum=np.array(gated_norm_sum))
 
 
-@pytest.mark.parametrize("align", ["weights", "directions"])
+@pytest.mark.parametrize("align", ["weights", "directions", "activations"])
 def test_the_assignment_is_the_best_of_all_permutations(align: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         lead, own = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
+        acts = torch.randn(2, 5, 3, generator=generator)
         best, found = -math.inf, ()
         for order in itertools.permutations(range(5)):
             value = 0.0
             for i, j in enumerate(order):
                 a, b = lead[i].numpy(), own[j].numpy()
                 value += float(a @ b) if align == "weights" else -norm(a / norm(a) - b / norm(b))
+                if align == "activations":
+                    a, b = acts[0, i].double().numpy(), acts[1, j].double().numpy()
+                    value -= norm(a / norm(a) - b / norm(b))
             if value > best:
                 best, found = value, order
-        assert tuple(matching(lead, own, align).tolist()) == found
+        assert tuple(matching(lead, own, align, acts).tolist()) == found
     assert matching(lead, own, "none").tolist() == list(range(5))
 
 
@@ -393,6 +398,71 @@ def test_the_two_ways_to_align_differ_where_neurons_differ_in_size() -> None:
     own = torch.tensor([[3.0, 0.0], [1.0, 0.1]])
     assert matching(lead, own, "weights").tolist() == [0, 1]
     assert matching(lead, own, "directions").tolist() == [1, 0]
+
+
+def activations_by_hand(experts: Any, hidden: Tensor, ids: tuple[int, ...]) -> Tensor:
+    """Activations [len(ids), I, N] of olmoe's experts on hidden [N, H]."""
+    found = []
+    for i in ids:
+        gate, up = (experts.gate_up_proj[i] @ hidden.T).chunk(2)
+        found.append(torch.nn.functional.silu(gate) * up)
+    return torch.stack(found)
+
+
+def noisy_copy(experts: Any, noise: float) -> list[int]:
+    """Make expert 5 a permuted copy of expert 2, with noise as large as `noise` times its weights; give the order."""
+    generator = torch.Generator().manual_seed(3)
+    own = neurons(experts, 2)
+    order = torch.randperm(len(own), generator=generator)
+    noises = noise * own.std() * torch.randn(own.shape, generator=generator, dtype=own.dtype)
+    set_neurons(experts, 5, (own + noises)[order])
+    return order.argsort().tolist()
+
+
+def test_a_noisy_permuted_copy_is_lined_up_by_activations() -> None:
+    experts = experts_of("olmoe")
+    order = noisy_copy(experts, 0.5)
+    acts = activations_by_hand(experts, hidden_for(experts, 64), (2, 5))
+    assert matching(neurons(experts, 2), neurons(experts, 5), "activations", acts).tolist() == order
+    random = torch.randn(2, channel_width(experts), 7, generator=torch.Generator().manual_seed(0))
+    twins = torch.stack((random[0], random[0][order].flip(0)))  # activations that say otherwise, as loud as weights
+    found = matching(neurons(experts, 2), neurons(experts, 5), "activations", twins).tolist()
+    assert found != order, "both count"
+
+
+def test_activations_tell_apart_neurons_whose_weights_do_not() -> None:
+    lead = own = torch.ones(3, 4)
+    acts = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]], [[0.0, 9.0], [0.3, 0.3], [0.1, 0.0]]])
+    assert matching(lead, own, "activations", acts).tolist() == [2, 0, 1]
+    silent = acts * torch.tensor([1.0, 0.0, 1.0])[:, None]  # a neuron that never fires has no direction
+    assert sorted(matching(lead, own, "activations", silent).tolist()) == [0, 1, 2]
+
+
+def test_the_kind_gives_each_expert_its_own_activations() -> None:
+    source = experts_of("olmoe", torch.float32)
+    noisy_copy(source, 0.5)
+    hidden, how = hidden_for(source, 30), {"weights": "uniform", "align": "activations"}
+    acts = activations_by_hand(source, hidden, tuple(range(8)))
+    stats = replace(sums_with([1] * 8, [1] * 8, [1] * 8), dense_activations=acts.numpy())
+    entry = ((5, 0, 2), (1, 7))
+    made = copied(source)
+    install(made, MERGE.stand_ins(entry, how), 8)
+    with torch.no_grad():
+        MERGE.fill(made, source, entry, how, stats)
+    for group in entry:
+        lead, expected = neurons(source, group[0]), 0
+        for i in group:
+            order = matching(lead, neurons(source, i), "activations", acts[[group[0], i]])
+            expected = expected + neurons(source, i)[order] / len(group)
+        torch.testing.assert_close(neurons(made, made.rows[group[0]]), expected)
+        torch.testing.assert_close(
+            MERGE.reference(source, hidden, group[1], entry, how, stats), answer(made, group[1], hidden)
+        )
+        orders = [
+            matching(lead, neurons(source, group[1]), align, acts[list(group[:2])])
+            for align in ("directions", "activations")
+        ]
+        assert not torch.equal(*orders)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -534,7 +604,9 @@ def test_what_is_no_merge_is_refused(groups: Any, message: str) -> None:
 def test_unknown_settings_are_refused() -> None:
     with pytest.raises(PlanError, match="merge has no setting 'weight'; it has weights and align"):
         MERGE.stand_ins(((0, 1),), {"weight": "count"})
-    with pytest.raises(PlanError, match="align of merge is one of none, weights, directions, not 'neurons'"):
+    with pytest.raises(
+        PlanError, match="align of merge is one of none, weights, directions, activations, not 'neurons'"
+    ):
         MERGE.stand_ins(((0, 1),), {"align": "neurons"})
 
 
@@ -542,6 +614,7 @@ def test_what_the_kind_needs_depends_on_its_settings() -> None:
     assert MERGE.needs == ("count",)
     assert set(MERGE.having({"weights": "saliency"}).needs) == {"count", "gated_norm_sum"}
     assert MERGE.having({"weights": "uniform", "align": "none"}).needs == ()
+    assert MERGE.having({"weights": "uniform", "align": "activations"}).needs == ("dense_activations",)
     source = experts_of("olmoe", torch.float32)
     hidden = hidden_for(source)
     got = MERGE.reference(source, hidden, 6, ((2, 6),), {"weights": "uniform", "align": "none"}, None)
@@ -575,8 +648,11 @@ def test_a_merged_folder_is_the_original_with_the_average_in_every_place(
     with torch.no_grad():
         for layer in find_moe_layers(original):
             experts = original.get_submodule(layer.name)
+            sums = stats.layers[layer.key]
+            assert sums.dense_activations.dtype == np.float32, "not widened where it is read"
             for group in result.plan.layers[layer.key]["merge"]:
-                average, average_rest = merged(experts, group, kind._shares(group, stats.layers[layer.key]), kind.align)
+                acts = torch.from_numpy(sums.dense_activations[list(group)])
+                average, average_rest = merged(experts, group, kind._shares(group, sums), kind.align, acts)
                 for i in group:
                     set_neurons(experts, i, average)
                     set_rest(experts, i, average_rest)

@@ -2,6 +2,7 @@
 
 DIR/results.json             everything below, rewritten after every record
 DIR/results.csv              the figures, a row a record
+DIR/results.md               the table, means over the seeds
 DIR/records/NAME.json        one record; what a later call with the same DIR goes on from
 DIR/plans/NAME.yaml          its plan
 DIR/stats-seedN.safetensors  the statistics that all plans of a seed are cut from
@@ -24,10 +25,11 @@ from understudy.errors import OutputError, UnderstudyError, reason
 from understudy.facts import ModelFacts
 from understudy.summary import Cell as Cell
 from understudy.summary import Summary as Summary
+from understudy.summary import as_markdown
 from understudy.summary import summarise as summarise
 
 FORMAT = 1
-RESULTS, TABLE, RECORDS, PLANS = "results.json", "results.csv", "records", "plans"
+RESULTS, TABLE, MARKDOWN, RECORDS, PLANS = "results.json", "results.csv", "results.md", "records", "plans"
 ALL = "all"
 
 
@@ -234,13 +236,14 @@ def save_record(record: Record, folder: Path) -> None:
 
 
 def save_results(results: ResultSet, folder: Path) -> None:
-    """Write `results.json` and `results.csv`.
+    """Write `results.json`, `results.csv` and `results.md`.
 
     Raises:
         OutputError: they cannot be written.
     """
     _write(folder / RESULTS, results.model_dump_json(indent=1) + "\n")
     _write(folder / TABLE, as_csv(results.results))
+    _write(folder / MARKDOWN, as_markdown(results))
 
 
 def as_csv(records: Iterable[Record]) -> str:

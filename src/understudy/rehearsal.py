@@ -1,6 +1,6 @@
 """Made-up statistics: to see, before any text is read, whether a plan could be made at all.
 
-Letters: E experts, H hidden size, I expert width, K top-k, P subsets of experts, S distinct sets.
+Letters: E experts, H hidden size, I expert width, K top-k, N tokens, P subsets of experts, S distinct sets.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from understudy.facts import LayerFacts, ModelFacts
 from understudy.stats import Stats
-from understudy.sums import ExpertStats, group_of, required_fields
+from understudy.sums import FEW, ExpertStats, group_of, required_fields
 
 # Fields that are not [E] by their letters; of the channels group, those that are not [E, I].
 _SHAPES = {
@@ -30,6 +30,7 @@ _SHAPES = {
     "logit_cos_sum": "EE",
     "dense_cos_sum": "EE",
     "dense_hsic": "EE",
+    "dense_activations": "EIN",
     "topk_sets": "SK",
     "topk_counts": "S",
     "subset_loss": "P",
@@ -58,7 +59,7 @@ def made_up(facts: ModelFacts, needs: Collection[str], weights_only: bool = Fals
 
 
 def _layer(layer: LayerFacts, names: Collection[str]) -> ExpertStats:
-    lengths = {"E": layer.experts, "H": layer.hidden, "I": layer.width or 0, "K": layer.top_k, "S": 1}
+    lengths = {"E": layer.experts, "H": layer.hidden, "I": layer.width or 0, "K": layer.top_k, "N": FEW, "S": 1}
     lengths["P"] = 1 << layer.experts if layer.experts <= SUBSETS_OF else 0
     ones = {name: np.broadcast_to(np.float64(1), [lengths[x] for x in letters_of(name)]) for name in names}
     if "topk_sets" in ones:

@@ -99,8 +99,8 @@ def _prefill(skeleton: Skeleton, ids_1S: torch.Tensor) -> Callable[[], None]:
 def _decode(skeleton: Skeleton, ids_1S: torch.Tensor, tokens: int) -> Callable[[], None]:
     model: Any = skeleton.model
     ids = ids_1S.to(skeleton.device)
-    # no end token: all are to generate equally many
-    config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    # all are to generate equally many; an end token of the model's own config would stop them
+    config = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
 
     def run() -> None:
         with quiet_transformers():

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from understudy.errors import OutputError, StatsError, reason
 from understudy.facts import ModelFacts
 from understudy.sums import ExpertStats as ExpertStats
-from understudy.sums import group_of, is_vector, required_fields
+from understudy.sums import exact_in, group_of, is_vector, required_fields
 
 FORMAT = 1
 EXTRA = ("sets", "subsets", "dense", "channels", "gradients")  # groups of sums that cost time or room and are asked for
@@ -122,7 +122,7 @@ def load_stats(path: str | os.PathLike[str], only: Collection[str] | None = None
         part = _under(tensors, f"layers.{key}.")
         if missing := [n for n in needed if n not in part]:
             raise StatsError(f"{file}: layer {key} lacks {', '.join(missing)}; calibrate again")
-        layers[key] = ExpertStats(**{n: part[n].astype(np.float64) if n in part else None for n in known})
+        layers[key] = ExpertStats(**{n: part[n].astype(exact_in(n)) if n in part else None for n in known})
         if probe := _under(part, "probe."):
             probes[key] = Probe(**probe)
     return Stats(model, data, layers, probes)

@@ -77,6 +77,31 @@ def summarise(results: ResultSet) -> Summary:
     return Summary(ratios=ratios, rows={label: cells[label] for label in sorted(labels, key=order)}, best=best)
 
 
+def as_markdown(results: ResultSet) -> str:
+    """Return the table of a comparison: what the methods left at each ratio, lowest KL at the middle ratio first."""
+    summary = summarise(results)
+    original = results.original
+    lines = [
+        f"KL(original || model) in nats a token, mean ± sd over calibration seeds, and perplexity (the original's is "
+        f"{original.perplexity['all']:.4g}); * {summary.rule}.",
+        "",
+        "| method | " + " | ".join(f"KL at {at:.4g} | perplexity | MB" for at in summary.ratios) + " |",
+        "|---|" + "---|---|---|" * len(summary.ratios),
+    ]
+    for label, row in summary.rows.items():
+        cells = " | ".join(_markdown_cell(row.get(ratio)) for ratio in summary.ratios)
+        lines.append(f"| `{label}` | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_cell(cell: Cell | None) -> str:
+    if cell is None or not cell.seeds:
+        return "skipped | | " if cell else " | | "
+    kl, sd = cell.mean["kl"], cell.sd["kl"]
+    spread = f" ± {sd:.2g}" if sd is not None else ""
+    return f"{kl:.3g}{spread}{' *' if cell.tied else ''} | {cell.mean['perplexity']:.4g} | {cell.mean['bytes'] / 1e6:.2f}"
+
+
 def differs(a: Sequence[float], b: Sequence[float]) -> bool | None:
     """Whether the means of two samples differ by more than their spread explains; None where no spread is known."""
     freedom = len(a) + len(b) - 2

@@ -2,7 +2,8 @@
 
 Letters: E experts, H hidden size, I expert width, K top-k, S distinct sets; g the gate (the weight that the router
 gives a route at the seam, renormalised where the family does so), y the output of an expert before its gate, h its
-activations (what enters `down_proj`), d the gradient of the loss with respect to h, r the router's logits.
+activations (what enters `down_proj`), d the gradient of the loss with respect to h, r the router's logits, N tokens,
+`FEW` at most.
 
 Groups other than the first are there when they were collected and the family allows it; else their fields are None.
 """
@@ -15,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+FEW = 64  # tokens of which every expert's activations are kept
 _VECTORS = ("mean", "weighted_mean", "dense_sum")  # as long as experts times the hidden size: stored in float32
+_SERIES = ("dense_activations",)  # longer still, some 2% of the weights: float32 in memory too
 
 
 def optional(group: str, merge: str = "sum") -> Any:
@@ -25,7 +28,7 @@ def optional(group: str, merge: str = "sum") -> Any:
 
 @dataclass(frozen=True)
 class ExpertStats:
-    """Sums of one MoE layer, merged with `+`; float64, any array type with NumPy's arithmetic."""
+    """Sums of one MoE layer, merged with `+`; float64 (see `exact_in`), any array type with NumPy's arithmetic."""
 
     tokens: Any  # [] tokens that entered the layer
     count: Any  # [E] routes
@@ -62,6 +65,7 @@ class ExpertStats:
     dense_sum: Any = optional("dense")  # [E, H] sum y over those
     dense_cos_sum: Any = optional("dense")  # [E, E] sum over those of the cosine of two experts' y
     dense_hsic: Any = optional("dense")  # [E, E] sum over batches of |Yc_i^T Yc_j|_F^2, outputs centred in the batch
+    dense_activations: Any = optional("dense", "first")  # [E, I, N] h on a few of those; merged: the first of both
 
     subset_loss: Any = optional("subsets")  # [2^E] sum over blocks of |F(x) - F_subset(x)|, bit e set: e stays; NAEE
 
@@ -120,7 +124,12 @@ def groups_for(needs: Collection[str]) -> list[str]:
 
 def is_vector(name: str) -> bool:
     """Whether a field is stored in float32, being large."""
-    return name in _VECTORS
+    return name in (*_VECTORS, *_SERIES)
+
+
+def exact_in(name: str) -> type:
+    """Return the type that a field has in memory."""
+    return np.float32 if name in _SERIES else np.float64
 
 
 def _merge(f: Any, a: Any, b: Any) -> Any:
@@ -129,6 +138,8 @@ def _merge(f: Any, a: Any, b: Any) -> Any:
         return None
     if rule in ("same", "sets"):
         return a
+    if rule == "first":
+        return a if a.shape[-1] >= FEW else np.concatenate((a, b[..., : FEW - a.shape[-1]]), axis=-1)
     return np.maximum(a, b) if rule == "max" else a + b
 
 

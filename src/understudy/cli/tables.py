@@ -113,7 +113,7 @@ def compare(data: Data) -> RenderableType:
         ("KL", "KL(original || model), nats a token of held-out text; mean ± sd over calibrations, lowest KL first"),
         ("*", summary["rule"]),
         *((f"{label} skipped", reason) for label, reason in skipped.items()),
-        ("results", f"{data['out']}: results.json, results.csv"),
+        ("results", f"{data['out']}: results.json, results.csv, results.md"),
     ]
     return Group(quality, others, _pairs(rows))
 

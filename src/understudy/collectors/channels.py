@@ -63,7 +63,7 @@ class Channels(Stream):
     def __init__(self, resident: Resident) -> None:
         super().__init__(resident)
         E, self._device = resident.layer.num_experts, resident.skeleton.device
-        self._width = _width(resident.experts)
+        self._width = shown_width(resident.experts)
         shape = (E, self._width or 0)
         self._sums = {name: torch.zeros(shape, dtype=torch.float64, device=self._device) for name in (*_SUMS, _MAX)}
         self._towards_E, self._effect_E = (torch.zeros(E, dtype=torch.float64, device=self._device) for _ in range(2))
@@ -108,7 +108,7 @@ class Channels(Stream):
             if self._width is None:
                 continue
             if seen is None:
-                projected_nP, h_nI = _activations(self.resident.experts, expert, x_nH)
+                projected_nP, h_nI = activations(self.resident.experts, expert, x_nH)
             else:
                 projected_nP, h_nI = (part[mine] for part in seen)
             self._add(expert, projected_nP, h_nI.float(), y_nH / torch.where(norm_n > 0, norm_n, 1)[:, None], g_n)
@@ -164,7 +164,7 @@ class Channels(Stream):
         return found
 
 
-def _width(experts: Any) -> int | None:
+def shown_width(experts: Any) -> int | None:
     """Neurons of an expert; None where what they are is not told, or not how their activations come about."""
     try:
         roles = channel_views(experts)
@@ -192,7 +192,7 @@ def _chosen(seen: _Seen | None, routes: Routes) -> _Seen | None:
     return seen[0][chosen_N], seen[1][chosen_N]
 
 
-def _activations(experts: Any, expert: int, x_nH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def activations(experts: Any, expert: int, x_nH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute what one expert's first matrices put out, `[n, 2I]` as the family lays it out, and its activations."""
     views = channel_views(experts)
     width, n = views["down"].shape[1], len(x_nH)

@@ -1,6 +1,6 @@
 """Every expert on the same few tokens, as if routing were off (REAM, HC-SMoE, grouping by CKA).
 
-Letters: E experts, n tokens of a chunk, H hidden size.
+Letters: E experts, n tokens of a chunk, H hidden size, I expert width, N tokens of which activations are kept.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from understudy.collectors import Collector, Resident
+from understudy.collectors.channels import activations, shown_width
+from understudy.sums import FEW
 from understudy.tap import Routes
 
 _CHUNK = 256  # tokens that outputs are centred over
@@ -19,10 +21,11 @@ _ROOM = 256 << 20  # bytes of the outputs of all experts over one chunk
 
 
 class Dense(Collector):
-    """Sums over the outputs of every expert for tokens spread evenly over the text.
+    """Sums over the outputs of every expert for tokens spread evenly over the text, and activations on a few of them.
 
     Chunks are of 256 tokens or fewer, as they fit in 256 MiB; which chunk a token falls into does not depend on the
-    batch size, but it does on the number of processes, and `dense_hsic` with it.
+    batch size, but it does on the number of processes, and `dense_hsic` with it. The tokens of which activations are
+    kept are spread evenly over all of these, whichever process has them.
     """
 
     group = "dense"
@@ -32,7 +35,11 @@ class Dense(Collector):
         wanted = min(resident.settings.dense_tokens, resident.total)
         places = np.linspace(0, resident.total - 1, wanted).round().astype(np.int64)
         mine = sum(batch.size for batch in resident.batches)
-        self._places = places[(places >= resident.first) & (places < resident.first + mine)] - resident.first
+        here = (places >= resident.first) & (places < resident.first + mine)
+        self._places = places[here] - resident.first
+        few = np.zeros(wanted, bool)
+        few[np.linspace(0, wanted - 1, min(FEW, wanted)).round().astype(np.int64)] = True
+        self._few = np.flatnonzero(few[here])  # of the tokens that are kept here
         self._heard, self._expected = 0, mine
         self._kept: list[torch.Tensor] = []
 
@@ -61,7 +68,8 @@ class Dense(Collector):
             y_EnH /= torch.where(norm_En1 > 0, norm_En1, 1)
             cos_EE += _gram(y_EnH)
         found = {"dense_tokens": torch.tensor(T), "dense_sum": sum_EH, "dense_cos_sum": cos_EE, "dense_hsic": hsic_EE}
-        return {name: value.cpu().numpy().astype(np.float64) for name, value in found.items()}
+        kept = self._activations(hidden_TH[torch.from_numpy(self._few).to(device)])
+        return {name: value.cpu().numpy().astype(np.float64) for name, value in found.items()} | kept
 
     def _outputs(self, hidden_nH: torch.Tensor) -> torch.Tensor:
         """Outputs of all experts, float32 `[E, n, H]`."""
@@ -71,6 +79,16 @@ class Dense(Collector):
         for expert in range(E):
             y_EnH[expert] = self.resident.experts(hidden_nH, torch.full_like(ones, expert, dtype=torch.int64), ones)
         return y_EnH
+
+    def _activations(self, hidden_NH: torch.Tensor) -> dict[str, np.ndarray]:
+        """Activations of all experts, float32 `[E, I, N]`, where the family shows them; computed a second time."""
+        experts, E = self.resident.experts, self.resident.layer.num_experts
+        if (width := shown_width(experts)) is None:
+            return {}
+        h_EIN = np.empty((E, width, len(hidden_NH)), np.float32)
+        for expert in range(E):
+            h_EIN[expert] = activations(experts, expert, hidden_NH)[1].float().T.cpu().numpy()
+        return {"dense_activations": h_EIN}
 
 
 def _kernel(y_nH: torch.Tensor) -> torch.Tensor:

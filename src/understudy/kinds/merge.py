@@ -29,7 +29,7 @@ _WEIGHTS: dict[str, tuple[str, ...]] = {
     "saliency": ("gated_norm_sum", "count"),  # as REAP scores
     "uniform": (),
 }
-_CHOICES = {"weights": tuple(_WEIGHTS), "align": ("none", "weights", "directions")}
+_CHOICES = {"weights": tuple(_WEIGHTS), "align": ("none", "weights", "directions", "activations")}
 
 
 class Merge(Kind):
@@ -52,8 +52,8 @@ class Merge(Kind):
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What tells the weights."""
-        return _WEIGHTS[self.weights]
+        """What tells the weights, and which neurons go together."""
+        return _WEIGHTS[self.weights] + (("dense_activations",) if self.align == "activations" else ())
 
     def having(self, how: Mapping[str, Any]) -> Merge:
         """Return the kind with the settings of a plan.
@@ -104,7 +104,8 @@ class Merge(Kind):
 
         kind = self.having(how)
         for group in _groups(entry):
-            of_neurons, of_rest = merged(source, group, kind._shares(group, stats), kind.align)
+            known = kind._activations(group, stats)
+            of_neurons, of_rest = merged(source, group, kind._shares(group, stats), kind.align, known)
             set_neurons(made, made.rows[group[0]], of_neurons)
             set_rest(made, made.rows[group[0]], of_rest)
 
@@ -115,12 +116,23 @@ class Merge(Kind):
         from understudy.merging import run_merged
 
         kind, group = self.having(how), next(group for group in _groups(entry) if expert in group)
-        return run_merged(source, group, kind._shares(group, stats), kind.align, hidden)
+        shares, known = kind._shares(group, stats), kind._activations(group, stats)
+        return run_merged(source, group, shares, kind.align, hidden, known)
+
+    def _activations(self, group: tuple[int, ...], stats: ExpertStats | None) -> Tensor | None:
+        """Activations of each of a group on the same tokens, where they tell which neurons go together."""
+        import torch
+
+        if self.align != "activations":
+            return None
+        assert stats is not None, "the kind needs statistics"
+        return torch.from_numpy(np.asarray(stats.dense_activations)[list(group)])
 
     def _shares(self, group: tuple[int, ...], stats: ExpertStats | None) -> list[float]:
         """What each of a group is multiplied by; they add up to 1."""
-        assert stats is not None or not self.needs, "the kind needs statistics"
-        sums = [np.asarray(getattr(stats, name), np.float64)[list(group)] for name in self.needs]
+        named = _WEIGHTS[self.weights]
+        assert stats is not None or not named, "the kind needs statistics"
+        sums = [np.asarray(getattr(stats, name), np.float64)[list(group)] for name in named]
         weights = per(sums[0], sums[1]) if len(sums) == 2 else sums[0] if sums else np.ones(len(group))
         total = float(weights.sum())
         return [w / total for w in weights.tolist()] if total > 0 else [1 / len(group)] * len(group)

@@ -44,7 +44,7 @@ def choose(problem: Problem, ratio: float) -> Choice:
         return group(stats, scores.layers[key], ids, groups)
 
     layers, notes = by_layer(problem, ratio, of_layer)
-    return Choice(layers, how={"merge": {"weights": "saliency", "align": "directions"}}, scores=scores, notes=notes)
+    return Choice(layers, how={"merge": {"weights": "saliency", "align": "activations"}}, scores=scores, notes=notes)
 
 
 REAM = Method(
@@ -53,7 +53,7 @@ REAM = Method(
     kind="merge",
     kinds=("merge",),
     choose=choose,
-    needs=("count", "gated_norm_sum", "logit_gram", "dense_cos_sum", "dense_tokens"),
+    needs=("count", "gated_norm_sum", "logit_gram", "dense_cos_sum", "dense_tokens", "dense_activations"),
     most=most_by_layer,
     sequential=True,
     paper="REAM: merging improves pruning of experts (router rows stay, gates add), arXiv 2604.04356",

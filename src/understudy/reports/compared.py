@@ -42,7 +42,7 @@ def page(path: Path, full: bool) -> tuple[Html, list[str]]:
         ("What was skipped or is special", _notes(results)),
         ("Provenance", _provenance(found)),
     ]
-    title = f"Comparison of {few(len(summary.rows), 'method')} on {results.model.source}"
+    title = f"Comparison of {few(len(summary.rows), 'method')} on {Path(results.model.source).name}"
     lead = tag("p", "The same model made smaller in several ways: which of them costs least, at which size.")
     return document(title, lead, sections), list(results.notes)
 
