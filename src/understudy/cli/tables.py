@@ -128,7 +128,7 @@ def _spread(cell: Data | None, figure: str) -> str:
     if cell is None or not cell["seeds"]:
         return ""
     sd = cell["sd"][figure]
-    return f"{cell['mean'][figure]:.4f}" + (f" ± {sd:.4f}" if sd is not None else "")
+    return f"{cell['mean'][figure]:.3g}" + (f" ± {sd:.1g}" if sd is not None else "")
 
 
 def report(data: Data) -> RenderableType:
