@@ -98,8 +98,9 @@ def _markdown_cell(cell: Cell | None) -> str:
     if cell is None or not cell.seeds:
         return "skipped | | " if cell else " | | "
     kl, sd = cell.mean["kl"], cell.sd["kl"]
-    spread = f" ± {sd:.2g}" if sd is not None else ""
-    return f"{kl:.3g}{spread}{' *' if cell.tied else ''} | {cell.mean['perplexity']:.4g} | {cell.mean['bytes'] / 1e6:.2f}"
+    spread = "" if sd is None else f" ± {sd:.2g}" if sd > 1e-9 else " ± 0"
+    tied = " *" if cell.tied else ""
+    return f"{kl:.3g}{spread}{tied} | {cell.mean['perplexity']:.4g} | {cell.mean['bytes'] / 1e6:.2f}"
 
 
 def differs(a: Sequence[float], b: Sequence[float]) -> bool | None:
