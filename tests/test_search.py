@@ -137,6 +137,8 @@ def test_what_cannot_be_searched_is_refused(stats: Path, tmp_path: Path) -> None
         ({"kind": "drop"}, "drop needs the same number in every layer; search with --kind constant"),
         ({"method": "layer_drop", "kind": None}, "layer_drop does not rank single experts"),
         ({"ratio": 1.5}, "--ratio, more than 0 and less than 1"),
+        ({"keep_super": True}, "--keep-super has no effect on a search"),
+        ({"scope": "model"}, "--scope has no effect on a search"),
     ):
         with pytest.raises(PlanError, match=message):
             understudy.search(DEMO / "model", stats, tmp_path / "plan.yaml", **TEXT, **(SHORT | more))

@@ -75,7 +75,7 @@ class AlignedExperts:
         wide = {name: part.widened(getattr(self, name), more) for name, part in parts.items()}
         self.__dict__.update(wide)  # hides the parameters, which stay where they are
         try:
-            out: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
+            out: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]  # mixin
         finally:
             for name in wide:
                 del self.__dict__[name]

@@ -49,7 +49,7 @@ class StandInExperts:
         row_Tk, gate_Tk = rows[top_k_index], top_k_weights
         if len(self.kept) < len(self.rows):
             row_Tk, gate_Tk = _joined(row_Tk, gate_Tk, len(self.kept))
-        out_TH = _run(self, super().forward, hidden_states, row_Tk, gate_Tk)  # type: ignore[misc]
+        out_TH = _run(self, super().forward, hidden_states, row_Tk, gate_Tk)  # type: ignore[misc]  # a mixin
         more_TH = None  # summed in float32, as vLLM does
         if self.constants is not None:
             # One column more than constants, to swallow the routes that have none.

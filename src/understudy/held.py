@@ -16,7 +16,7 @@ from understudy.errors import OutputError, reason
 try:
     import fcntl
 except ImportError:  # not on Windows, where two runs with one output are not told apart
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # not on this system
 
 
 def work_folder(target: Path) -> Path:

@@ -117,6 +117,9 @@ class _Start:
             raise PlanError(f"{kind.name} needs the same number in every layer; search with --kind constant")
         if selection.ratio is None or not 0 < selection.ratio < 1:
             raise PlanError("give the share of experts to replace with --ratio, more than 0 and less than 1")
+        for name in ("scope", "size", "keep_super", "width_classes"):
+            if getattr(selection, name) != Selection.model_fields[name].default:
+                raise PlanError(f"--{name.replace('_', '-')} has no effect on a search; leave it out")
         score = get_score(method.score)
         require(stats, score.needs, f"method {method.name}")
         layers = {key: layer for key, layer in stats.model.layers.items() if stats.layers[key].tokens > 0}
