@@ -48,8 +48,10 @@ def main() -> None:
             words = np.random.default_rng(0).integers(0, 500, 40_000)
             (work / "text.txt").write_text(" ".join(f"w{n}" for n in words))
             data = data or str(work / "text.txt")
-        print(f"{model}, {args.samples} blocks of {args.seq_len} tokens, {torch.get_num_threads()} threads, "
-              f"torch {torch.__version__}")
+        print(
+            f"{model}, {args.samples} blocks of {args.seq_len} tokens, {torch.get_num_threads()} threads, "
+            f"torch {torch.__version__}"
+        )
         rng = np.random.default_rng(args.seed)
         calibration = ["calibrate", model, data, args.samples, args.seq_len]
         bad = study(calibration, work / "calibrate", model, args.kills, rng)
@@ -67,9 +69,11 @@ def study(command: list[Any], folder: Path, source: Path, kills: int, rng: np.ra
     untouched = contents(source)
     reference, duration, _ = run(command, folder / "undisturbed" / "out")
     duration = min(duration, run(command, folder / "again" / "out")[1])
-    print(f"\n{command[0]}: {duration:.2f} s undisturbed\n"
-          f"{'killed at':>10}  {'output then':<12}{'beside it':<26}{'rerun':>9}  {'from layer':<12}"
-          f"{'output':<8}{'left over':<11}source")
+    print(
+        f"\n{command[0]}: {duration:.2f} s undisturbed\n"
+        f"{'killed at':>10}  {'output then':<12}{'beside it':<26}{'rerun':>9}  {'from layer':<12}"
+        f"{'output':<8}{'left over':<11}source"
+    )
     bad = 0
     for moment in (np.arange(kills) + rng.random(kills)) / kills * duration:
         out = folder / f"{moment:.4f}" / "out"
@@ -83,8 +87,11 @@ def study(command: list[Any], folder: Path, source: Path, kills: int, rng: np.ra
         after = leftovers(out)
         good = there in ("none", "whole") and output == "equal" and not after and same_source
         bad += not good
-        print(f"{moment:>8.2f} s  {there:<12}{', '.join(beside) or '-':<26}{rerun:>9}  {began:<12}{output:<8}"
-              f"{', '.join(after) or 'nothing':<11}{'untouched' if same_source else 'CHANGED'}", flush=True)
+        print(
+            f"{moment:>8.2f} s  {there:<12}{', '.join(beside) or '-':<26}{rerun:>9}  {began:<12}{output:<8}"
+            f"{', '.join(after) or 'nothing':<11}{'untouched' if same_source else 'CHANGED'}",
+            flush=True,
+        )
         shutil.rmtree(out.parent)
     return bad
 
@@ -142,8 +149,14 @@ def child(stage: str, model: str, *rest: str) -> None:
     if stage == "calibrate":
         seen: list[int] = []
         data = {"data": options[0]} if options[0] else {}
-        calibrate(model, out, samples=int(options[1]), seq_len=int(options[2]),
-                  progress=lambda done, total: seen.append(done), **data)
+        calibrate(
+            model,
+            out,
+            samples=int(options[1]),
+            seq_len=int(options[2]),
+            progress=lambda done, total: seen.append(done),
+            **data,
+        )
         print(seen[0], flush=True)
     else:
         apply(model, options[0], out, stats=options[1], max_shard_size="4MB")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,9 +128,11 @@ def uneven_plan(stats: Stats, kind: str = "constant") -> Plan:
     return plan_of(stats, layers)
 
 
-def plan_of(stats: Stats, layers: dict[str, dict[str, list[int]]]) -> Plan:
-    """A plan with these layers for the model of these statistics."""
-    return Plan(method="edited", model=PlanModel.of(stats.model), layers=layers)
+def plan_of(stats: Stats, layers: dict[str, dict[str, Any]]) -> Plan:
+    """A plan with these layers for the model of these statistics; ranks fit the smallest of the zoo."""
+    fit = {"shared_base": {"rank": 4}, "modulate": {"main_k": 1}}
+    how = {kind: settings for kind, settings in fit.items() if any(kind in kinds for kinds in layers.values())}
+    return Plan(method="edited", model=PlanModel.of(stats.model), how=how, layers=layers)
 
 
 def collected_for_kinds() -> list[str]:
@@ -145,9 +147,16 @@ def random_plan(kind: Kind, stats: Stats, seed: int = 0) -> Plan:
     facts = stats.model.layers
     if kind.renumbers:
         return plan_of(stats, {key: {kind.name: _evenly(layer, rng)} for key, layer in facts.items()})
+    if kind.overlays:  # all layers, the first beside something else
+        layers: dict[str, dict[str, Any]] = {key: {kind.name: "all"} for key in facts}
+        first = next(iter(facts))
+        layers[first]["constant"] = rng.permutation(facts[first].experts)[: facts[first].experts // 3].tolist()
+        return plan_of(stats, layers)
     if not kind.losers and kind.form == "ids":  # whole layers
         key, layer = list(facts.items())[len(facts) // 2]
         return plan_of(stats, {key: {kind.name: list(range(layer.experts))}})
+    if not kind.whole_numbers:
+        return plan_of(stats, _condensed(kind, facts, rng))
     entries = {key: _random_entry(kind, layer, n, rng) for n, (key, layer) in enumerate(facts.items())}
     return plan_of(stats, {key: {kind.name: entry} for key, entry in entries.items()})
 
@@ -155,6 +164,15 @@ def random_plan(kind: Kind, stats: Stats, seed: int = 0) -> Plan:
 def _evenly(layer: LayerFacts, rng: np.random.Generator) -> list[int]:
     groups = np.arange(layer.experts).reshape(layer.groups, -1)
     return sorted(e for group in groups for e in rng.permutation(group)[: len(group) // 2].tolist())
+
+
+def _condensed(kind: Kind, facts: dict[str, LayerFacts], rng: np.random.Generator) -> dict[str, dict[str, Any]]:
+    """The first layer with a few experts, the second with none, where one is left then."""
+    first, second, *others = [*facts, None]
+    few = rng.permutation(facts[first].experts).tolist()
+    numbers: dict[Any, float] = dict(zip(few, (0.5, -0.2, 1.0)))
+    found = {first: {kind.name: {**numbers, "rest": 0}}}
+    return found | ({second: {kind.name: {"rest": 0}}} if others[:-1] else {})
 
 
 def _random_entry(kind: Kind, layer: LayerFacts, position: int, rng: np.random.Generator) -> Entry:
@@ -182,6 +200,16 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
     return float((got - expected).abs().max()) <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
+def strongest(index: torch.Tensor, gates: torch.Tensor, most: int, free: Collection[int] = ()) -> torch.Tensor:
+    """Gates `[T, k]` with zeros for all but the strongest routes of each token, and those to experts that are free."""
+    gates = gates.clone()
+    for row, ids in zip(gates, index.tolist()):
+        full = [slot for slot, e in enumerate(ids) if e not in free]
+        for slot in sorted(full, key=lambda slot: -row[slot])[most:]:
+            row[slot] = 0
+    return gates
+
+
 @contextmanager
 def masked(model: Any, plan: Plan, stats: Stats) -> Any:
     """The whole original model with its experts run route by route, replaced ones as their kind says they answer."""
@@ -195,6 +223,8 @@ def masked(model: Any, plan: Plan, stats: Stats) -> Any:
             hidden: Any, index: Any, weights: Any, own=own, gone=gone, key=key, experts=experts, facts=facts
         ) -> Any:
             out = torch.zeros_like(hidden)
+            if "modulate" in plan.layers.get(key, {}):
+                weights = strongest(index, weights, plan.how["modulate"]["main_k"], gone)
             for e in range(facts.experts):
                 token, slot = (index == e).nonzero(as_tuple=True)
                 if not len(token):
@@ -214,6 +244,27 @@ def masked(model: Any, plan: Plan, stats: Stats) -> Any:
     finally:
         for experts in replaced_modules:
             del experts.forward
+
+
+@contextmanager
+def condensed(model: Any, plan: Plan, stats: Stats) -> Any:
+    """The whole original model with the experts of condensed layers run one by one on every token."""
+    changed = {key: kinds["condense"] for key, kinds in plan.layers.items() if "condense" in kinds}
+    for key, entry in changed.items():
+        experts = model.get_submodule(stats.model.layers[key].name)
+
+        def forward(hidden: Any, *routes: Any, own: Any = experts.forward, entry: Any = entry) -> Any:
+            out, index = torch.zeros_like(hidden), torch.zeros(len(hidden), 1, dtype=torch.long)
+            for e, w in entry.items():
+                out += w * own(hidden, index + e, torch.ones(len(hidden), 1))
+            return out
+
+        experts.forward = forward
+    try:
+        yield model
+    finally:
+        for key in changed:
+            del model.get_submodule(stats.model.layers[key].name).forward
 
 
 @contextmanager

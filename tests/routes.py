@@ -160,7 +160,12 @@ def facts_of(layers: Mapping[str, Routes], groups: int = 1, source: str = "toy",
     }
     routed = sum(layer.experts * layer.expert_bytes for layer in facts.values())
     return ModelFacts(
-        source=source, family="toy_moe", fingerprint=f"print-of-{source}", nbytes=routed + 5000, params=0, layers=facts
+        source=source,
+        family="toy_moe",
+        fingerprint=f"print-of-{source}",
+        nbytes=routed + 5000,
+        params=routed // 2 + 2500,
+        layers=facts,
     )
 
 

@@ -478,13 +478,13 @@ def test_a_config_that_says_something_else_is_caught(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write = stage._write_rest
+    write = stage.write_rest
 
     def spoiled(staging: Path, source: Checkpoint, config: dict[str, Any]) -> None:
         change(config)
         write(staging, source, config)
 
-    monkeypatch.setattr(stage, "_write_rest", spoiled)
+    monkeypatch.setattr(stage, "write_rest", spoiled)
     with refused(CheckpointError, message, tmp_path / "out"):
         apply(olmoe.source, plan, tmp_path / "out", stats=olmoe.stats)
 

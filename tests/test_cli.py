@@ -251,7 +251,7 @@ def test_not_a_moe(tmp_path: Path) -> None:
 
 def test_impossible_plans(place: Path, tmp_path: Path) -> None:
     words = ["plan", place / "stats", "--out", tmp_path / "p"]
-    refused(*words, says="give one of --ratio and --size")
+    refused(*words, says="give one of --ratio, --size and --model-ratio")
     refused(*words, "--ratio", 1.5, says="ratio 1.5 is not a share")
     refused(*words, "--ratio", 0.99, says="constant needs at least one")
     refused(*words, "--ratio", 0.9, "--method", "reap", says="top-k")

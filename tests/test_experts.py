@@ -166,7 +166,7 @@ def test_every_form_of_stand_in(model_type: str, implementation: str, stand_ins:
     assert any({1, 6} <= set(chosen) for chosen in pairs), "two of a merged group, chosen by one token"
     seen = torch.bincount(index.reshape(-1), minlength=zoo.EXPERTS)
     both = sum({1, 6} <= set(chosen) for chosen in index.tolist()) if stand_ins is MIXED else 0
-    assert int(seen.sum() - cut.chosen(index).sum()) == both
+    assert int(seen.sum() - cut.chosen(index, gates).sum()) == both
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])

@@ -16,6 +16,7 @@ from contract import (
     calibrated,
     close,
     collected_for_kinds,
+    condensed,
     hooked_stats,
     ids_of,
     load,
@@ -87,8 +88,11 @@ def check_kind(
     small = load(out, model_type)
     with torch.no_grad():
         got = small(input_ids=ids, use_cache=False).logits
-        if kind.substitutes:
+        if kind.substitutes or kind.overlays:
             with masked(whole, plan, stats):
+                assert close(got, whole(input_ids=ids, use_cache=False).logits), kind.name
+        if not kind.whole_numbers:
+            with condensed(whole, plan, stats):
                 assert close(got, whole(input_ids=ids, use_cache=False).logits), kind.name
         if kind.renumbers:
             kept = {key: list(plan.kept(key, layer.experts)) for key, layer in stats.model.layers.items()}

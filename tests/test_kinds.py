@@ -35,7 +35,7 @@ IMPOSSIBLE: dict[str, tuple[dict[str, LayerFacts], dict[str, Any], str]] = {
     "unknown kind": (
         {"0": layer_facts()},
         {"0": {"constnt": [1]}},
-        r"no kind is named 'constnt' \(did you mean 'constant'\?\); there is block_drop, constant, drop",
+        r"no kind is named 'constnt' \(did you mean 'constant'\?\); there is block_drop, condense, constant, drop",
     ),
     "all constant": (
         {"0": layer_facts(), "1": layer_facts()},

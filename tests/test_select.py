@@ -15,7 +15,7 @@ import pytest
 from routes import HIDDEN, draw_routes, filled, stats_of, sums_of
 from understudy.errors import OutputError, PlanError, StatsError, UnderstudyError
 from understudy.kinds import added_bytes, all_kinds, expected_bytes, get_kind
-from understudy.methods import Method, Problem, all_methods, get_method
+from understudy.methods import OPTIONAL, Method, Problem, all_methods, get_method
 from understudy.plans import Plan, load_plan
 from understudy.protection import refuse_touched, super_experts
 from understudy.ranking import planning_needs
@@ -72,7 +72,7 @@ def slow_by_model(scores: dict[str, np.ndarray], count: int) -> dict[str, list[i
 
 
 SCORED = [method for method in all_methods().values() if method.choose is None]
-CHOOSING = [method for method in all_methods().values() if method.choose is not None]
+CHOOSING = [method for method in all_methods().values() if method.choose is not None and method.shrinks]
 
 
 @pytest.mark.parametrize("method", all_methods().values(), ids=lambda m: m.name)
@@ -86,13 +86,14 @@ class TestEveryMethod:
         assert method.score or method.choose
         assert method.kind in method.kinds
         assert set(method.kinds) <= set(all_kinds())
-        assert "layer" in method.scopes  # the default
+        assert "layer" in method.scopes
         assert set(method.scopes) <= set(get_args(Scope))
         assert set(method.needs) <= {f.name for f in fields(ExpertStats)}
+        assert set(method.options) <= set(OPTIONAL)
         assert len(method.paper) > 10
 
     def test_reads_no_more_than_it_says(self, method: Method) -> None:
-        stats, settings = everything(), Selection(method=method.name, ratio=0.5)
+        stats, settings = everything(), fitting(method, ratio=0.5)
         needs = {"tokens", "count", *planning_needs(method, settings)}
         blank = {f.name: None for f in fields(ExpertStats) if f.name not in needs}
         bare = replace(stats, layers={key: replace(layer, **blank) for key, layer in stats.layers.items()})
@@ -101,12 +102,12 @@ class TestEveryMethod:
     def test_gives_the_same_bytes_again(self, method: Method, tmp_path: Path) -> None:
         stats = everything().save(tmp_path / "stats")
         for name in "ab":
-            make_plan(stats, Selection(method=method.name, ratio=0.5, seed=1), tmp_path / name)
+            make_plan(stats, fitting(method, ratio=0.5, seed=1), tmp_path / name)
         assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
         assert load_plan(tmp_path / "a").layers
 
     def test_leaves_alone_what_is_kept(self, method: Method) -> None:
-        settings = Selection(method=method.name, ratio=0.5, keep_layers="2, 3", kind=other_than_drop(method))
+        settings = fitting(method, ratio=0.5, keep_layers="2, 3", kind=other_than_drop(method))
         result = attempt(everything(), settings)
         if isinstance(result, str):
             assert "--keep-layers would leave layer 2 with more experts" in result
@@ -118,13 +119,21 @@ class TestEveryMethod:
         stats = everything()
         largest = {key: layer.output_max.tolist() for key, layer in stats.layers.items()}
         largest["2"][3] = 1e6
-        result = attempt(with_outputs(stats, largest), Selection(method=method.name, ratio=0.5, keep_super=True))
+        result = attempt(with_outputs(stats, largest), fitting(method, ratio=0.5, keep_super=True))
         if isinstance(result, str):
             assert "layer 2: method" in result
             assert "a super expert" in result
         else:
             assert 3 not in result.plan.replaced("2")
             assert "super experts that stay as they are: 1 (layer 2: 3)" in result.notes
+
+
+def fitting(method: Method, **more: Any) -> Selection:
+    """Return settings of a method with which its stand-ins are smaller than the experts of `everything`."""
+    small = {name: 1 for name in ("bases", "rank", "keep_experts") if name in method.options}
+    if not method.shrinks:
+        more = {name: value for name, value in more.items() if name not in ("ratio", "size", "model_ratio")}
+    return Selection(method=method.name, **small, **more)
 
 
 def attempt(stats: Stats, settings: Selection) -> PlanResult | str:
@@ -151,14 +160,14 @@ class TestEveryMethodThatChooses:
     @pytest.mark.parametrize("ratio", [0, 0.1, 0.25, 0.5])
     def test_removes_the_share_of_the_bytes(self, method: Method, ratio: float) -> None:
         stats = everything()
-        result = make_plan(stats, Selection(method=method.name, ratio=ratio))
+        result = make_plan(stats, fitting(method, ratio=ratio))
         removed = stats.model.nbytes - result.expected_bytes
         layer = max(x.experts * x.expert_bytes for x in stats.model.layers.values())  # the largest unit that there is
         assert abs(removed - ratio * stats.model.routed_bytes) <= layer
         assert (result.plan.layers == {}) == (removed == 0)
 
     def test_a_larger_ratio_never_needs_more(self, method: Method) -> None:
-        stats, settings = everything(), Selection(method=method.name)
+        stats, settings = everything(), fitting(method, scope=method.scopes[0])
         problem = Problem(stats, stats.model.layers, settings, get_kind(method.kind), scores_of(method, stats))
         most = method.most(problem)
         assert 0 < most <= 1
@@ -170,14 +179,14 @@ class TestEveryMethodThatChooses:
     @pytest.mark.parametrize("size", [36_000, 28_000])
     def test_meets_a_size(self, method: Method, size: int) -> None:
         stats = everything()
-        result = make_plan(stats, Selection(method=method.name, size=str(size)))
+        result = make_plan(stats, fitting(method, size=str(size)))
         layer = max(x.experts * x.expert_bytes for x in stats.model.layers.values())
         assert size - layer <= result.expected_bytes <= size
         assert expected_bytes(result.plan, stats.model) == result.expected_bytes
         with pytest.raises(
             PlanError, match=rf"out of reach: {method.name} brings toy from 37\.00 KB down to .* at best"
         ):
-            make_plan(stats, Selection(method=method.name, size="1"))
+            make_plan(stats, fitting(method, size="1"))
 
 
 def scores_of(method: Method, stats: Stats) -> Scores | None:
@@ -408,7 +417,7 @@ def test_a_layer_that_saw_no_token_is_left_alone(method: Method) -> None:
 def test_a_method_that_chooses_leaves_such_a_layer_alone_too(method: Method) -> None:
     layers = {"0": draw_routes(), "0.vision": draw_routes(tokens=0, experts=6), "1": draw_routes(seed=1)}
     stats = filled(stats_of(layers, **SIZES))
-    result = make_plan(stats, Selection(method=method.name, ratio=0.5))
+    result = make_plan(stats, fitting(method, ratio=0.5))
     assert result.notes[0] == "layers 0.vision saw no token in calibration and are left untouched"
     assert result.plan.layers
     assert "0.vision" not in result.plan.layers
@@ -693,8 +702,8 @@ def test_weights_alone_are_enough_for_methods_that_read_no_more(tmp_path: Path) 
 
 
 BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
-    ({}, "give one of --ratio and --size"),
-    ({"ratio": 0.5, "size": "1GB"}, "give one of --ratio and --size"),
+    ({}, "give one of --ratio, --size and --model-ratio"),
+    ({"ratio": 0.5, "size": "1GB"}, "give one of --ratio, --size and --model-ratio"),
     ({"ratio": 1.0}, "ratio 1 is not a share of the experts; give 0 or more and less than 1"),
     ({"ratio": -0.1}, r"ratio -0\.1 is not a share"),
     ({"ratio": 50}, "ratio 50 is not a share"),
@@ -707,7 +716,14 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"ratio": 0.5, "method": "frequenzy"}, r"\(did you mean 'frequency'\?\)"),
     ({"ratio": 0.5, "method": "ean_mean"}, "no method is named 'ean_mean'"),
-    ({"ratio": 0.5, "method": "lightmoe", "scope": "mass"}, "no method is named 'lightmoe'"),
+    ({"ratio": 0.5, "model_ratio": 0.5}, "give one of --ratio, --size and --model-ratio"),
+    ({"model_ratio": 1.0}, "model ratio 1 is not a share of the parameters; give 0 or more and less than 1"),
+    ({"model_ratio": 0.9}, r"model ratio 0\.9 is out of reach: constant removes 0\.\d+ of the parameters of toy"),
+    ({"ratio": 0.5, "bases": 2}, "--bases has no effect on method mone; leave it out"),
+    ({"ratio": 0.5, "method": "reap", "rank": 4}, "--rank has no effect on method reap; leave it out"),
+    ({"ratio": 0.5, "method": "ream", "grouping": "kmeans"}, "--grouping has no effect on method ream; leave it out"),
+    ({"ratio": 0.5, "alpha": 0.1}, "--alpha has no effect where method mone does not select by mass; leave it out"),
+    ({"ratio": 0.5, "method": "gate", "alpha": 0.1}, "--alpha has no effect .* by mass; give --scope mass, too"),
     ({"ratio": 0.5, "method": "reap", "width_classes": 3}, "--width-classes has no effect on method reap"),
     ({"ratio": 0.5, "method": "mone", "scope": "mass"}, "mone does not select by mass; use --scope layer or model"),
     ({"ratio": 0.5, "method": "reap", "gate": "routed"}, "--gate routed has no effect on method reap"),

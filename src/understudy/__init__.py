@@ -26,6 +26,7 @@ _COMMANDS = {
     "diff": "understudy.stages.review",
     "apply": "understudy.stages.apply",
     "compress": "understudy.stages.compress",
+    "recover": "understudy.stages.recover",
     "eval": "understudy.stages.evaluate:evaluate",  # not to hide the builtin there
     "compare": "understudy.stages.compare",
     "report": "understudy.reports",
@@ -85,6 +86,7 @@ __all__ = [
     "eval",
     "inspect",
     "plan",
+    "recover",
     "report",
     "search",
     "show",

@@ -51,7 +51,7 @@ class Card:
         return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
 
     def _summary(self) -> str:
-        replaced = sum(len(ids) for kinds in self.plan.layers.values() for ids in kinds.values())
+        replaced = sum(len(self.plan.replaced(key)) for key in self.plan.layers)
         share = replaced / self.facts.experts
         lines = [f"- `{name}`: {what}" for name, what in sorted(self.kinds.items())]
         return f"""\
@@ -163,3 +163,23 @@ def _words(step: Iterable[str | tuple[str, ...]]) -> list[str]:
 
 def _is_hub_id(source: str) -> bool:
     return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
+
+
+def recovered_card(text: str, name: str, source: str, facts: dict[str, Any]) -> str:
+    """Return the card of a trained model: that of the model that it was made from, if any, and how it was trained."""
+    run, settings = facts["runs"][facts["chosen"]], facts["settings"]
+    figures = ", ".join(f"{what} {value:.4f}" for what, value in run["held_out"].items())
+    if not text:
+        text = f"# {name}\n\n{source}, trained further by Understudy {__version__}.\n"
+    text = text.replace("Nothing was trained; everything else is the source's, byte for byte.", "Then it was trained.")
+    faded = f" The originals faded out over {run['end_ratio']:g} of the steps." if run["end_ratio"] else ""
+    return f"""\
+{text.rstrip()}
+
+## Recovery
+
+`understudy recover` trained {facts["trained"]} parameters (`{facts["train_what"]}`) for {settings["steps"]} steps of
+{settings["batch"]} sequences of up to {settings["seq_len"]} tokens, loss `{settings["loss"]}`, learning rate
+{settings["lr"]:g}, seed {settings["seed"]}.{faded}
+On held-out training text: {figures}. Every run and setting is in `understudy/recovery.json`.
+"""

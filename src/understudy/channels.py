@@ -15,7 +15,7 @@ import copy
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -134,8 +134,12 @@ def projections(experts: Any, projected: Tensor) -> dict[str, Tensor]:
 
     Ungated experts have up alone.
     """
-    parts = [replace(part, dim=1) for part in _parts(experts) if part.role in ("gate", "up")]
-    return {part.role: part.view(projected)[..., 0] for part in parts}
+    if experts._parameters.get("gate_up_proj") is None:
+        there = (role for role in ("gate", "up") if experts._parameters.get(f"{role}_proj") is not None)
+        return dict.fromkeys(there, projected)
+    gate, up, interleaved = _feeding(experts)
+    apart, dim = (projected.unflatten(1, (-1, 2)), 2) if interleaved else (projected.unflatten(1, (2, -1)), 1)
+    return {"gate": apart.select(dim, gate), "up": apart.select(dim, up)}
 
 
 def channel_bytes(experts: Any, element_bytes: Mapping[str, int]) -> int:

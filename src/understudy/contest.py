@@ -26,7 +26,7 @@ from understudy.sums import groups_for
 
 # Settings that all records of a folder have in common; the test text is told by its tokens.
 _COMMON = ("data", "samples", "seq_len", "dtype", "dense_tokens", "base", "tasks", "limit", "num_fewshot")
-_OWN = {"method", "kind", "ratio", "size", "seed"}  # what the comparison sets itself
+_OWN = {"method", "kind", "ratio", "size", "model_ratio", "seed"}  # what the comparison sets itself
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ def _read(label: str) -> Entrant:
             raise PlanError(f"--methods {label}: {setting} is no setting here{hint}; there is {', '.join(known)}")
         else:
             options[setting] = value.strip()
+    if not method.shrinks:
+        raise PlanError(f"--methods {label}: {method.name} removes nothing, so it cannot be compared at equal bytes")
     kind = kind or method.kind
     if kind not in method.kinds:
         possible = " or ".join(k for k in method.kinds if k in all_kinds())

@@ -16,18 +16,19 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from understudy.errors import UnsupportedModelError
-from understudy.experts import install
+from understudy.experts import install, modulate, parts_of
 from understudy.layout import ExpertTensors, expert_dtype
 from understudy.loading import adapt_conversions
 from understudy.moe import MoELayer, expert_dim
 from understudy.runtime import quiet_transformers
 from understudy.shards import Lazy, Piece, rows, whole
 from understudy.skeleton import Skeleton
-from understudy.standins import CONSTANT, StandIn
+from understudy.standins import CONSTANT, Modulated, StandIn
 from understudy.stats import ExpertStats
 from understudy.weights import DTYPES, Weights
 
-Make = Callable[[Any], Any]  # the live experts of the source -> the live experts as they will be
+# the live experts of the source -> the live experts as they will be, or tensors by their names in the checkpoint
+Make = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,19 @@ class Outline:
     `experts`, where engines that do not know stand-ins refuse them.
     """
 
-    def __init__(self, source: Skeleton, stand_ins: Mapping[str, Mapping[int, StandIn]]) -> None:
+    def __init__(
+        self,
+        source: Skeleton,
+        stand_ins: Mapping[str, Mapping[int, StandIn]],
+        modulated: Modulated | None = None,
+    ) -> None:
         self.model = source.build()
         for layer in source.layers:
+            experts = self.model.get_submodule(layer.name)
             if layer.key in stand_ins:
-                install(self.model.get_submodule(layer.name), stand_ins[layer.key], layer.num_experts)
+                install(experts, stand_ins[layer.key], layer.num_experts)
+            if modulated is not None and layer.name in modulated.layers:
+                modulate(experts, layer.num_experts, modulated.main_k, modulated.vectors, modulated.renormalise)
         self.model._weight_conversions = adapt_conversions(source.used_conversions, self.model)
 
     def saved(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -117,16 +126,19 @@ class Workshop:
                     made = make(experts)
             else:  # somebody else has the layer in memory and will free it
                 made = make(experts)
+            if isinstance(made, dict):  # tensors by their names in the checkpoint
+                self._held = (layer.key, made)
+                return made
             found = {f"{layer.name}.{name}": p.detach() for name, p in own_parameters(made).items()}
             self._held = (layer.key, self.outline.saved(found))
         return self._held[1]
 
 
 def own_parameters(experts: Any) -> dict[str, torch.Tensor]:
-    """Return the parameters of an experts module and of its children for experts of fewer neurons, by name."""
+    """Return the parameters of an experts module and of its parts for stand-ins, by name."""
     found = {name: p for name, p in experts._parameters.items() if p is not None}
-    for number, child in enumerate(getattr(experts, "slim", ())):
-        found |= {f"slim.{number}.{name}": p for name, p in child._parameters.items() if p is not None}
+    for place, part in parts_of(experts).items():
+        found |= {f"{place}.{name}": p for name, p in part._parameters.items() if p is not None}
     return found
 
 
@@ -233,14 +245,15 @@ def _added(
     experts: Any = workshop.outline.model.get_submodule(layer.name)
     stored = {source.targets[key]: entries[key].dtype for key in given.tensors.all_experts}
     added = []
-    for number, child in enumerate(experts.slim):
-        for leaf, parameter in child._parameters.items():
-            saved = workshop.outline.saved({f"{layer.name}.slim.{number}.{leaf}": parameter})
-            (name,), shape, dtype = saved, tuple(parameter.shape), stored[f"{layer.name}.{leaf}"]
+    usual = expert_dtype(given.checkpoint, given.tensors)
+    for place, part in parts_of(experts).items():
+        for leaf, parameter in part.named_parameters(recurse=False):
+            saved = workshop.outline.saved({f"{layer.name}.{place}.{leaf}": parameter})
+            (name,), shape, dtype = saved, tuple(parameter.shape), stored.get(f"{layer.name}.{leaf}", usual)
             added.append(Piece(name, dtype, shape, (workshop.promise(layer, make, name, shape, dtype),)))
     if experts.constants is None:
         return added, {}
-    dtype = expert_dtype(given.checkpoint, given.tensors)
+    dtype = usual
     names = list(workshop.outline.saved({f"{layer.name}.constants": experts.constants}))
     by_id = dict(zip(experts.replaced, names, strict=True))
     shape = tuple(experts.constants.shape[1:])

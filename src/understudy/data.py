@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +24,8 @@ __all__ = ["Blocks", "Document", "Source", "documents", "parse_specs", "token_bl
 log = logging.getLogger(__name__)
 
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1 << 20  # tokenised in one call
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +71,6 @@ def token_blocks(
         raise DataError(f"seq_len ({seq_len}) and samples ({samples}) must be at least 1, and seed ({seed}) at least 0")
     sources = parse_specs(specs)
     shares = _shares(sources, samples)
-    eos = tokenizer.eos_token_id
-    separator = tokenizer.sep_token_id if eos is None else eos
     notes: list[str] = []
     drawn: list[np.ndarray] = []
     joins = False
@@ -79,22 +80,21 @@ def token_blocks(
             limit = max(4 * share, share + 64) * seq_len
         elif source.kind == "hub":
             log.warning("%s is read to its end; with a number of samples less would do", source.name)
-        tokens, count = _tokens(source, tokenizer, separator, limit)
-        joins |= count > 1
-        there = len(tokens) // seq_len
+        joined = _joined(source, tokenizer, limit)
+        joins |= joined.count > 1
+        blocks = joined.blocks(seq_len)
+        there = len(blocks)
         if not there:
-            have = f"{source.name} has {len(tokens)} tokens, and one block needs {seq_len}"
+            have = f"{source.name} has {len(joined.tokens)} tokens, and one block needs {seq_len}"
             raise DataError(f"{have}: give more text, or a smaller seq_len")
-        blocks = np.frombuffer(tokens, dtype=np.int32)[: there * seq_len].reshape(there, seq_len)
         size = there if share is None else min(share, there)
         if share is not None and there < share:
             notes.append(f"{source.name} has only {there} of the {share} blocks that are its share; all are used")
         choice = np.random.default_rng([seed, index]).choice(there, size=size, replace=False)
         drawn.append(blocks[np.sort(choice)])
         log.info("%s: %d of %d blocks of %d tokens", source.name, size, there, seq_len)
-    if joins and eos is None:
-        how = "with nothing between them" if separator is None else "by its separator token"
-        notes.append(f"the tokenizer has no end-of-text token; documents are joined {how}")
+    if joins:
+        notes += separator_notes(tokenizer)
     for note in notes:
         log.warning("%s", note)
     ids = np.concatenate(drawn)
@@ -122,53 +122,106 @@ def _shares(sources: list[Source], samples: int | None) -> Sequence[int | None]:
     return shares
 
 
-def _tokens(
-    source: Source, tokenizer: PreTrainedTokenizerBase, separator: int | None, limit: int | None
-) -> tuple[array[int], int]:
-    """Return the joined tokens of a source (the first `limit`), and from how many documents they come."""
-    tokens, count = array("i"), 0
-    assert tokens.itemsize == 4
-    for batch in _batches(documents(source)):
-        texts = [document for document in batch if isinstance(document, str)]
-        # verbose=False: no warning about documents longer than the model's context, they are cut anyway
-        rows = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else [])
+@dataclass(eq=False)
+class Joined:
+    """Tokens of documents, one after the other, with the separator between any two."""
+
+    separator: int | None
+    tokens: array[int] = field(default_factory=lambda: array("i"))
+    count: int = 0  # documents with at least one token
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Add the tokens of one document; an empty one leaves no trace."""
+        if not ids:
+            return
+        if self.count and self.separator is not None:
+            self.tokens.append(self.separator)
+        self.tokens.extend(ids)
+        self.count += 1
+
+    def blocks(self, seq_len: int) -> np.ndarray:
+        """Cut from the start into blocks that do not overlap, int32 [N, S]; the rest is dropped."""
+        assert self.tokens.itemsize == 4
+        there = len(self.tokens) // seq_len
+        return np.frombuffer(self.tokens, dtype=np.int32)[: there * seq_len].reshape(there, seq_len)
+
+
+def separator_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that stands between documents: end-of-text, else the separator, else none."""
+    return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+
+
+def separator_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Say what stands between documents where it is not the end-of-text token."""
+    if tokenizer.eos_token_id is not None:
+        return []
+    how = "with nothing between them" if separator_of(tokenizer) is None else "by its separator token"
+    return [f"the tokenizer has no end-of-text token; documents are joined {how}"]
+
+
+def _joined(source: Source, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Joined:
+    """Return the joined tokens of a source (the first `limit`)."""
+    joined = Joined(separator_of(tokenizer))
+    for batch in batches(documents(source), characters):
+        rows = iter(text_tokens([document for document in batch if isinstance(document, str)], tokenizer))
         for document in batch:
-            ids = next(rows) if isinstance(document, str) else _chat_tokens(document, tokenizer, source.name)
-            if not ids:
-                continue
-            if count and separator is not None:
-                tokens.append(separator)
-            tokens.extend(ids)
-            count += 1
-        if limit is not None and len(tokens) >= limit:
-            return tokens[:limit], count
-    return tokens, count
+            joined.add(next(rows) if isinstance(document, str) else _chat_tokens(document, tokenizer, source.name))
+        if limit is not None and len(joined.tokens) >= limit:
+            del joined.tokens[limit:]
+            break
+    return joined
 
 
-def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in found:
-        batch.append(document)
-        size += len(document)
-        if len(batch) >= _BATCH_DOCUMENTS or size >= _BATCH_CHARACTERS:
+def batches(found: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Group what a tokenizer is to take in one call, `size` being the characters of an item."""
+    batch: list[T] = []
+    total = 0
+    for item in found:
+        batch.append(item)
+        total += size(item)
+        if len(batch) >= _BATCH_DOCUMENTS or total >= _BATCH_CHARACTERS:
             yield batch
-            batch, size = [], 0
+            batch, total = [], 0
     if batch:
         yield batch
 
 
+def characters(document: Document) -> int:
+    """Count the characters of a document, roughly those of a chat."""
+    return len(document) if isinstance(document, str) else sum(len(str(turn["content"])) for turn in document)
+
+
+def text_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[list[int]]:
+    """Tokenise texts, of any length: no warning about those longer than the model's context, they are cut anyway."""
+    return tokenizer(texts, verbose=False, **options)["input_ids"] if texts else []
+
+
 def _chat_tokens(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
-    # Mistral's own tokenizer has its template in code: no such attribute, and it takes no further arguments.
+    options: dict[str, Any] = {} if template_in_code(tokenizer, name) else {"tokenizer_kwargs": {"verbose": False}}
+    with template_errors(messages, name):
+        encoded = tokenizer.apply_chat_template(messages, tokenize=True, **options)
+    return list(encoded["input_ids"] if isinstance(encoded, Mapping) else encoded)
+
+
+def template_in_code(tokenizer: PreTrainedTokenizerBase, name: str) -> bool:
+    """Whether the chat template is a program of the tokenizer's, as Mistral's own is, and takes no further arguments.
+
+    Raises:
+        DataError: there is no chat template at all; `name` is that of the source.
+    """
     in_code = not hasattr(tokenizer, "chat_template")
     if not in_code and tokenizer.chat_template is None:
         raise DataError(f"{name} has chats, and the tokenizer has no chat template: give it one, or name other text")
-    options: dict[str, Any] = {} if in_code else {"tokenizer_kwargs": {"verbose": False}}
+    return in_code
+
+
+@contextmanager
+def template_errors(messages: list[dict[str, Any]], name: str) -> Iterator[None]:
+    """Say which chat a template refuses, in one line."""
     try:
-        encoded = tokenizer.apply_chat_template(messages, tokenize=True, **options)
+        yield
     except ImportError as error:
         raise DependencyError(f"{name} has chats, which need jinja2: pip install understudy[data]") from error
     except Exception as error:  # the template is a program of the model's, and raises whatever it likes
         start = str(messages[0])[:80]
         raise DataError(f"{name}: the chat template refuses the chat that starts {start} ({error})") from error
-    return list(encoded["input_ids"] if isinstance(encoded, Mapping) else encoded)

@@ -7,7 +7,7 @@ The class of the live object is swapped for a subclass instead of wrapping the m
 were, so weight converters, every experts implementation of transformers, adapters and sharding go on working. Routes to
 experts without a row reach the family's code as the id K, which transformers reserves for experts that live elsewhere
 and which costs no matrix product. Experts that keep only some of their neurons live in children of the family's own
-class, one for each width. Everything is addressed by original ids.
+class, one for each width, and experts that share bases in one more. Everything is addressed by original ids.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from understudy.adapters import Adapters
+from understudy.bases import shared_experts
 from understudy.channels import sliced
+from understudy.grouped import Picks, Stack, answers, rows_of
+from understudy.modulated import Modulation, scaled_answers
 from understudy.standins import MERGED, SLIM, StandIn, impossible
 
 
@@ -36,6 +40,9 @@ class StandInExperts:
     rows: dict[int, int]  # original id to row; a merged expert shares the row of the one that stands for it
     replaced: tuple[int, ...]  # original ids of the rows of `constants`
     slim: Any  # nn.ModuleList of experts of fewer neurons, a child for each width, ascending; their `kept` are ids
+    bases: Any  # `SharedExperts` of those that share bases, or None
+    adapters: Adapters | None  # low-rank parts of the experts with rows, while they are trained
+    modulation: Modulation | None  # which routes of a token run, and vectors for the others
     num_logical_experts: int
     logical_width: int  # neurons of an expert before any lost some
     constants: nn.Parameter | None  # [P, H]
@@ -45,24 +52,37 @@ class StandInExperts:
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Combine what the experts answer: hidden `[T, H]`, original ids `[T, k]`, gates `[T, k]` to `[T, H]`."""
-        rows, columns, children, places = self._route_maps(hidden_states.device)
-        row_Tk, gate_Tk = rows[top_k_index], top_k_weights
-        if len(self.kept) < len(self.rows):
+        rows, columns, children, places, shared, keys = self._route_maps(hidden_states.device)
+        id_Tk, gate_Tk, scales = top_k_index, top_k_weights, None
+        if self.modulation is not None:
+            hidden_states, id_Tk, gate_Tk, scales = self.modulation(hidden_states, id_Tk, gate_Tk, keys, self._merged)
+        own_Tk, row_Tk = gate_Tk, rows[id_Tk]
+        if self._merged:
             row_Tk, gate_Tk = _joined(row_Tk, gate_Tk, len(self.kept))
-        out_TH = _run(self, super().forward, hidden_states, row_Tk, gate_Tk)  # type: ignore[misc]  # a mixin
+        if self._in_parts():
+            out_TkH = self._apart(hidden_states, row_Tk, gate_Tk, scales)
+            if self.bases is not None:  # all routes of a token are summed at once, as by those who have all experts
+                out_TkH = self.bases.routed(hidden_states, shared[id_Tk], own_Tk, out_TkH)
+            out_TH = out_TkH.sum(1).to(hidden_states.dtype)
+        else:
+            out_TH = _run(self, super().forward, hidden_states, row_Tk, gate_Tk)  # type: ignore[misc]  # a mixin
+            if self.bases is not None:
+                out_TH = out_TH + self.bases(hidden_states, shared[id_Tk], own_Tk).to(out_TH.dtype)
+        child_Tk, place_Tk = children[id_Tk], places[id_Tk]
         more_TH = None  # summed in float32, as vLLM does
         if self.constants is not None:
             # One column more than constants, to swallow the routes that have none.
             gate_TP = top_k_weights.new_zeros((hidden_states.shape[0], len(self.replaced) + 1), dtype=torch.float32)
-            gate_TP = gate_TP.scatter_add(1, columns[top_k_index], top_k_weights.float())
-            more_TH = gate_TP[:, :-1] @ self.constants.float()
-        child_Tk, place_Tk = children[top_k_index], places[top_k_index]
+            if self.modulation is not None:  # main ones stay in front
+                id_Tk, own_Tk = self.modulation.with_free(id_Tk, own_Tk, top_k_index, top_k_weights, keys)
+            gate_TP = gate_TP.scatter_add(1, columns[id_Tk], own_Tk.float())
+            more_TH = (gate_TP[:, :-1] @ self.constants.float()).float()  # autocast multiplies in less
         for number in self._asked(child_Tk):
             child = self.slim[number]
             token_N, slot_N = (child_Tk == number).nonzero(as_tuple=True)
-            place_N1, gate_N1 = place_Tk[token_N, slot_N, None], top_k_weights[token_N, slot_N, None]
+            place_N1, gate_N1 = place_Tk[token_N, slot_N, None], own_Tk[token_N, slot_N, None]
             if not len(token_N):  # any token, by a route that leads elsewhere: its weights get gradients of zero
-                token_N, gate_N1 = token_N.new_zeros(1), top_k_weights[:1, :1]
+                token_N, gate_N1 = token_N.new_zeros(1), own_Tk[:1, :1]
                 place_N1 = torch.full_like(token_N, len(child.kept))[:, None]
             slim_NH = _run(child, child, hidden_states[token_N], place_N1, gate_N1).float()
             if more_TH is None:
@@ -70,18 +90,49 @@ class StandInExperts:
             more_TH = more_TH.index_add(0, token_N, slim_NH)
         return out_TH if more_TH is None else out_TH + more_TH.to(out_TH.dtype)
 
-    def _route_maps(self, device: torch.device) -> list[torch.Tensor]:
-        """Original id to row of the stacked weights, to column of constants, to child, and to row there, `[E]` each.
+    def _in_parts(self) -> bool:
+        """Whether the stacked weights run here and not in the family's forward.
 
-        One past the last row, column or child stands for none.
+        They must where something is added before their gating function, or their projections are not given the same;
+        beside bases this saves a pass over all routes.
+        """
+        if self.modulation is not None and self.modulation.vectors > 1:
+            return True
+        if self.adapters is not None or self.bases is None:
+            return self.adapters is not None
+        return self.bases.originals is not None or _implementation(self) == "grouped_mm"
+
+    @property
+    def _merged(self) -> bool:
+        """Whether experts share a row."""
+        return len(self.kept) < len(self.rows)
+
+    def _apart(
+        self, hidden_TH: torch.Tensor, row_Tk: torch.Tensor, gate_Tk: torch.Tensor, scales: Any = None
+    ) -> torch.Tensor:
+        """Run the stacked weights and what is trained on top of them; what each route adds, `[T, k, H]`."""
+        picks = Picks.of(row_Tk, len(self.kept))
+        if scales:
+            return picks.spread(scaled_answers(self, hidden_TH, scales, self.adapters, picks), gate_Tk)
+        answer_NH = answers(self, rows_of(hidden_TH, picks.token_N), [Stack(self, picks)], self.adapters, picks)
+        return picks.spread(answer_NH, gate_Tk)
+
+    def _route_maps(self, device: torch.device) -> list[torch.Tensor]:
+        """Original id to row of the stacked weights, to column of constants, to child, to row there, to row of the
+        adapters of shared bases, and to what tells its weights from others, -1 for none: `[E + 1]` each.
+
+        One past the last row, column or child stands for none, as does the id E.
         """
         if device not in self._maps:
             child = {e: number for number, child in enumerate(self.slim) for e in child.kept}
             place = {e: row for child in self.slim for e, row in _numbered(child.kept).items()}
             known = [(self.rows, len(self.kept)), (_numbered(self.replaced), len(self.replaced))]
+            shared = _numbered(self.bases.replaced) if self.bases is not None else {}
+            known += [(child, len(self.slim)), (place, 0), (shared, len(shared))]
+            apart = {e: len(self.kept) + e for e in (*child, *shared)}
             maps = []
-            for by_id, none in [*known, (child, len(self.slim)), (place, 0)]:
-                found = torch.full((self.num_logical_experts,), none)
+            for by_id, none in [*known, ({**self.rows, **apart}, -1)]:
+                found = torch.full((self.num_logical_experts + 1,), none)
                 found[list(by_id)] = torch.tensor(list(by_id.values()), dtype=torch.long)
                 maps.append(found.to(device))
             self._maps[device] = maps
@@ -108,12 +159,16 @@ class StandInExperts:
         """Return the row of `constants` that belongs to an expert."""
         return self.replaced.index(expert)
 
-    def chosen(self, top_k_index: torch.Tensor) -> torch.Tensor:
-        """Count routes to each expert, int64 `[E]`; a token that chose several of a merged group passes it once."""
-        rows = self._route_maps(top_k_index.device)[0]
+    def chosen(self, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """Count routes to each expert that run, int64 `[E]`; several of a token to a merged group count once."""
+        rows, *_, keys = self._route_maps(top_k_index.device)
+        if self.modulation is not None:
+            main = self.modulation.split(top_k_index, top_k_weights, keys, self._merged)[:2]
+            top_k_index, _ = self.modulation.with_free(*main, top_k_index, top_k_weights, keys)
         row_Tk = rows[top_k_index]
         again_Tk = (row_Tk != len(self.kept)) & ~_first(row_Tk)
-        return torch.bincount(top_k_index[~again_Tk].reshape(-1), minlength=self.num_logical_experts)
+        none = self.num_logical_experts
+        return torch.bincount(top_k_index[~again_Tk].reshape(-1), minlength=none)[:none]
 
 
 def _run(
@@ -122,8 +177,7 @@ def _run(
     """Run the family's forward on the routes that lead to a row of `experts`; the others lead to one past the last."""
     count = len(experts.kept)
     gate_Tk = gate_Tk.masked_fill(row_Tk == count, 0)
-    # A module without a config runs a loop of its own.
-    implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None) or "eager"
+    implementation = _implementation(experts)
     if implementation == "grouped_mm" and not _aligned(experts):
         own_loops = (getattr(cls.__dict__.get("forward"), "__wrapped__", None) for cls in type(experts).__mro__)
         forward, implementation = partial(next(filter(None, own_loops)), experts), "eager"
@@ -131,6 +185,11 @@ def _run(
         # Some families' own loops reject the reserved id; there such a route runs any expert at weight zero.
         row_Tk = row_Tk.clamp(max=count - 1)
     return forward(hidden_TH, row_Tk, gate_Tk)
+
+
+def _implementation(experts: Any) -> str:
+    """Name what runs the experts; a module without a config runs a loop of its own."""
+    return getattr(getattr(experts, "config", None), "_experts_implementation", None) or "eager"
 
 
 def _aligned(experts: Any) -> bool:
@@ -181,17 +240,21 @@ def install(experts: Any, stand_ins: Mapping[int, StandIn], num_experts: int) ->
 
     On the meta device or a real one: stacked weights lose the rows of experts that own none; a merged group keeps the
     row of the expert that stands for it; experts of fewer neurons start with their first ones; `constants` `[P, H]`
-    start as zeros, in the dtype of the weights. Where no expert of full width is left, the stacked weights hold the
-    widest of the others, so that a loader that does not know of stand-ins always finds weights of another shape.
+    start as zeros, in the dtype of the weights; experts that share bases start with the weights of the first of their
+    group. Without any stand-in all stays as it is, but for what may be trained on top of it. Where no expert of full
+    width is left, the stacked weights hold the widest of the others, so that a loader that does not know of stand-ins
+    always finds weights of another shape.
     """
-    assert impossible(stand_ins, num_experts) is None and not isinstance(experts, StandInExperts)
+    assert not stand_ins or impossible(stand_ins, num_experts) is None
+    assert not isinstance(experts, StandInExperts)
     by_width: dict[int, list[int]] = {}
     for expert, stand_in in sorted(stand_ins.items()):
         if stand_in.width is not None:
             by_width.setdefault(stand_in.width, []).append(expert)
-    kept = [e for e in range(num_experts) if e not in stand_ins or stand_ins[e].into == e]
+    kept = [e for e in range(num_experts) if e not in stand_ins or _owns_row(e, stand_ins[e])]
     widest = None if kept else max(by_width)
     children = [_slim(experts, ids, width) for width, ids in sorted(by_width.items()) if width != widest]
+    bases = shared_experts(experts, stand_ins)
     constants = tuple(e for e, s in sorted(stand_ins.items()) if s.constant)
     down = experts.down_proj
     width, hidden = down.shape[1:] if getattr(experts, "is_transposed", False) else reversed(down.shape[1:])
@@ -207,6 +270,7 @@ def install(experts: Any, stand_ins: Mapping[int, StandIn], num_experts: int) ->
     zeros = torch.zeros(len(constants), hidden, dtype=down.dtype, device=down.device)
     experts.register_parameter("constants", nn.Parameter(zeros, down.requires_grad) if constants else None)
     experts.slim = nn.ModuleList(children)
+    experts.bases, experts.adapters, experts.modulation = bases, None, None
     experts.stand_ins = dict(sorted(stand_ins.items()))
     experts.kept, experts.replaced, experts.num_logical_experts = tuple(kept), constants, num_experts
     experts.logical_width = width
@@ -216,6 +280,30 @@ def install(experts: Any, stand_ins: Mapping[int, StandIn], num_experts: int) ->
     experts._is_expert_parallel = True  # makes the id K legal: "an expert of another rank"
     experts._maps = {}
     experts.__class__ = _subclass(type(experts))
+
+
+def modulate(experts: Any, num_experts: int, main_k: int, vectors: int, renormalise: bool) -> None:
+    """Let a live experts module run `main_k` routes of a token and make vectors of the others, in place.
+
+    Stand-ins must be installed before; without any, the module becomes one that could have them. Vectors change nothing
+    yet.
+    """
+    if not isinstance(experts, StandInExperts):
+        install(experts, {}, num_experts)
+    assert vectors == 1 or not (len(experts.slim) or experts.bases is not None)
+    experts.modulation = Modulation(experts, num_experts, main_k, vectors, renormalise)
+
+
+def _owns_row(expert: int, stand_in: StandIn) -> bool:
+    return stand_in.format == MERGED and stand_in.into == expert
+
+
+def parts_of(experts: Any) -> dict[str, nn.Module]:
+    """Return the modules inside one with stand-ins that hold weights of their own, by name: `slim.0`, `bases`."""
+    found = {f"slim.{number}": child for number, child in enumerate(getattr(experts, "slim", ()))}
+    if getattr(experts, "bases", None) is not None:
+        found |= {"bases": experts.bases, "bases.adapters": experts.bases.adapters}
+    return found
 
 
 def _slim(experts: Any, ids: list[int], width: int) -> Any:

@@ -33,9 +33,25 @@ class LayerFacts(BaseModel):
     router_row_bytes: int = 0  # everything outside the experts that goes with one removed expert
     block_bytes: int = 0  # of the whole MoE sublayer: experts, router, shared experts
     block_stays: str | None = None  # why the sublayer cannot be left out, None where it can
+    router_bytes: int = 0  # of the router, with what the sublayer keeps for it
+    router_stays: str | None = None  # why the layer cannot do without its router, None where it can
+    folds_not: str | None = None  # why a few experts with the shared ones are no dense MLP, None where they are
+    shared_width: int = 0  # neurons of the shared experts that would be in that MLP
     decoder_bytes: int = 0  # of the whole decoder layer
     removable: str | None = None  # why experts cannot be removed with their router rows, None where they can
     element_bytes: int  # of one element of a stand-in, which is stored in the experts' own dtype
+
+
+class DenseLayers(BaseModel):
+    """How the config of a family says which layers have a dense MLP in the place of experts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    setting: str  # entry of the config: a list by layer, a list of layers, or how many of the first
+    first: bool  # it is the number of the first
+    width_setting: str  # entry of the config: neurons of all dense MLPs
+    widths: dict[int, int]  # decoder layers that are dense already, and their neurons
+    neuron_bytes: int  # of one of those neurons
 
 
 class ModelFacts(BaseModel):
@@ -49,6 +65,8 @@ class ModelFacts(BaseModel):
     nbytes: int
     params: int
     unloaded_bytes: int = 0  # of tensors that the model has no place for (multi-token prediction, ...)
+    dense: DenseLayers | None = None  # None where the config cannot say that a condensed layer is dense
+    not_dense: str | None = None  # and why not
     layers: dict[str, LayerFacts]  # in the order of the model
 
     @field_validator("layers")

@@ -15,6 +15,7 @@ from understudy.methods import Problem
 from understudy.stats import ExpertStats
 
 Groups = list[list[int]]
+_ROUNDS = 100  # of k-means at most
 
 
 def cosines(gram: np.ndarray) -> np.ndarray:
@@ -59,6 +60,29 @@ def joined(similarity: np.ndarray, dominants: Sequence[int], others: Iterable[in
 def led(groups: Groups, count: np.ndarray) -> Groups:
     """Put the most frequent member of each group first."""
     return [ranked(count, members) for members in groups]
+
+
+def clustered(gram: np.ndarray, ids: Sequence[int], centres: Sequence[int]) -> Groups:
+    """Cluster vectors by k-means (Lloyd) of which inner products `[E, E]` are known; only `ids`, starting at `centres`.
+
+    As many clusters come out as there are centres: one that loses its last member gets the vector that is farthest from
+    the centre of its own.
+    """
+    inner, clusters = gram[np.ix_(ids, ids)], len(centres)
+    members = np.zeros((len(ids), clusters))  # of a cluster: a column of 0 and 1
+    members[[list(ids).index(i) for i in centres], range(clusters)] = 1
+    for _ in range(_ROUNDS):
+        mean = members / members.sum(0)
+        along = inner @ mean
+        distance = np.diagonal(inner)[:, None] - 2 * along + (mean * along).sum(0)  # squared, to every centre
+        nearest = distance.argmin(1)
+        for empty in sorted(set(range(clusters)) - set(nearest.tolist())):
+            with_others = np.bincount(nearest, minlength=clusters)[nearest] > 1
+            nearest[np.where(with_others, distance[range(len(ids)), nearest], -np.inf).argmax()] = empty
+        if (members[range(len(ids)), nearest] == 1).all():
+            break
+        members = np.eye(clusters)[nearest]
+    return [[ids[at] for at in np.flatnonzero(column).tolist()] for column in members.T]
 
 
 def merge_entry(groups: Groups) -> Entry:

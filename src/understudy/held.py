@@ -24,6 +24,22 @@ def work_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
+def free_target(out: str | os.PathLike[str]) -> Path:
+    """Make sure that a model folder can be put there, an empty folder may be, and return where it really is.
+
+    Raises:
+        OutputError: something is there already.
+    """
+    target = Path(out)
+    if target.is_symlink() or target.name in ("", ".."):
+        target = target.resolve()  # what is renamed in the end must lie on the same disk
+    if os.path.ismount(target):
+        raise OutputError(f"{target} is a mount point, which cannot be replaced; choose a new folder inside it")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise OutputError(f"{target} exists already{' and is not empty' * target.is_dir()}; choose another --out")
+    return target
+
+
 @contextmanager
 def held(target: Path) -> Iterator[Path]:
     """Make the work folder of an output and hold it while the context is open; what a killed run left is still in it.

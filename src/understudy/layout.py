@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from understudy.channels import channel_bytes, channel_width
 from understudy.checkpoint import DTYPES, Weights
 from understudy.errors import UnsupportedModelError
-from understudy.facts import LayerFacts, ModelFacts
+from understudy.facts import DenseLayers, LayerFacts, ModelFacts
 from understudy.moe import MoELayer
 from understudy.skeleton import Skeleton
+from understudy.unrouted import router_tensors, why_router_stays
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ def _id_position(keys: list[str], num_experts: int) -> int | None:
 
 def model_facts(skeleton: Skeleton, source: str) -> ModelFacts:
     """Measure what planning needs to know; `source` is what people call the model."""
-    entries = skeleton.checkpoint.entries
+    from understudy.dense import dense_layers, shared_width, why_not_folded  # they ask this module in turn
+
+    entries, dense = skeleton.checkpoint.entries, dense_layers(skeleton)
     layers = {}
     for layer in skeleton.layers:
         found = expert_tensors(skeleton, layer)
@@ -101,6 +104,10 @@ def model_facts(skeleton: Skeleton, source: str) -> ModelFacts:
             channel_bytes=of_channel,
             block_bytes=sum(entries[key].nbytes for key in block_keys(skeleton, layer)),
             block_stays=why_block_stays(skeleton, layer),
+            router_bytes=sum(entries[key].nbytes for key in router_keys(skeleton, layer)),
+            router_stays=why_router_stays(skeleton.model, layer, guard_of(skeleton, layer)),
+            folds_not=why_not_folded(skeleton, layer),
+            shared_width=shared_width(skeleton, layer),
             decoder_bytes=sum(entries[key].nbytes for key in skeleton.keys[layer.index]),
             router_row_bytes=sum(e.nbytes for e in rows) // layer.num_experts,
             removable=layer.removable,
@@ -113,8 +120,19 @@ def model_facts(skeleton: Skeleton, source: str) -> ModelFacts:
         nbytes=skeleton.checkpoint.nbytes,
         params=sum(e.numel for e in entries.values()),
         unloaded_bytes=skeleton.unloaded_bytes,
+        dense=dense if isinstance(dense, DenseLayers) else None,
+        not_dense=None if isinstance(dense, DenseLayers) else dense,
         layers=layers,
     )
+
+
+def router_keys(skeleton: Skeleton, layer: MoELayer) -> list[str]:
+    """Checkpoint tensors that go with a router, where it can go at all."""
+    guard = guard_of(skeleton, layer)
+    if guard is None or why_router_stays(skeleton.model, layer, guard):
+        return []
+    names = set(router_tensors(skeleton.model, layer, guard))
+    return [key for key, target in skeleton.targets.items() if target in names]
 
 
 def block_keys(skeleton: Skeleton, layer: MoELayer) -> list[str]:

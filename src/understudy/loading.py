@@ -20,8 +20,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from understudy.absent import install_absent
 from understudy.errors import CheckpointError
-from understudy.experts import StandInExperts, install
-from understudy.standins import ARCHITECTURE_PREFIX, declared, declared_absent, impossible, known_to_engines
+from understudy.experts import StandInExperts, install, modulate, parts_of
+from understudy.standins import (
+    ARCHITECTURE_PREFIX,
+    declared,
+    declared_absent,
+    declared_modulated,
+    declared_unrouted,
+    impossible,
+    known_to_engines,
+)
+from understudy.unrouted import UnroutedExperts, install_unrouted
 
 NOVICE_PATTERN = "novices.*.approx_value"
 
@@ -46,7 +55,7 @@ class _SplitByOriginalId(SplitModulelist):
         module = _stand_in_of(model, name)
         if module is None:
             return super().convert(input_dict, source_patterns, target_patterns)
-        ids = module.replaced if self.constants else module.kept
+        ids = module.replaced if self.constants and isinstance(module, StandInExperts) else module.kept
         # The converter completes names only from the name of expert 0, which may be gone: return complete names.
         prefix = name[: name.index(target_patterns[0])]
         named = {}
@@ -89,11 +98,39 @@ class _AsItIs(ConversionOps):
         return _AsItIs()
 
 
-def _stand_in_of(model: Any, tensor_name: str) -> StandInExperts | None:
-    """The experts module with stand-ins in the decoder layer that a tensor name points into, if there is one."""
+class _WithoutGuard(_AsItIs):
+    """Take away the dimension by which loaders that do not know of stand-ins know that they do not know the model."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        (value,) = input_dict.values()
+        return {target_patterns[0]: (value[0] if isinstance(value, list) else value)[0]}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _WithGuard()
+
+
+class _WithGuard(_AsItIs):
+    """Give it back on saving."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        (value,) = input_dict.values()
+        return {target_patterns[0]: (value[0] if isinstance(value, list) else value)[None]}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _WithoutGuard()
+
+
+def _stand_in_of(model: Any, tensor_name: str) -> StandInExperts | UnroutedExperts | None:
+    """The experts module that we changed in the decoder layer that a tensor name points into, if there is one."""
     best, best_length = None, 0
     for name, module in model.named_modules():
-        if isinstance(module, StandInExperts):
+        if isinstance(module, (StandInExperts, UnroutedExperts)):
             layer = re.match(r".*\.\d+\.", name + ".")
             common = _common_parts(name, tensor_name)
             if layer and tensor_name.startswith(layer.group(0)) and common > best_length:
@@ -136,7 +173,10 @@ class StandInLoader(HfQuantizer):
         self.remove_quantization_config(model)
         del self._model
         experts = [m for m in model.modules() if isinstance(m, StandInExperts)]
-        if declared_absent(model.config) or not all(known_to_engines(m.stand_ins) for m in experts):
+        whole_layers = (
+            declared_absent(model.config) or declared_unrouted(model.config) or declared_modulated(model.config)
+        )
+        if whole_layers or not all(known_to_engines(m.stand_ins) for m in experts):
             model.__class__ = _renamed(type(model))
         return model
 
@@ -173,6 +213,20 @@ def install_declared(model: Any) -> bool:
             install_absent(model, block, guard)
         except AttributeError:
             raise CheckpointError(f"config.json declares {block} as removed, which this model does not have") from None
+    for name, (guard, weights) in declared_unrouted(model.config).items():
+        try:
+            install_unrouted(model, name, guard, weights)
+        except (AttributeError, ValueError) as error:
+            raise CheckpointError(f"config.json declares {name} as condensed, which cannot be: {error}") from None
+    modulated = declared_modulated(model.config)
+    for name in modulated.layers if modulated is not None else ():
+        assert modulated is not None
+        try:
+            experts = model.get_submodule(name)
+            total = getattr(experts, "num_logical_experts", experts.down_proj.shape[0])
+        except AttributeError:
+            raise CheckpointError(f"config.json declares vectors in {name}, which this model does not have") from None
+        modulate(experts, total, modulated.main_k, modulated.vectors, modulated.renormalise)
     return found is not None
 
 
@@ -189,17 +243,22 @@ def adapt_conversions(conversions: list[Any], model: Any) -> list[Any]:
     for leaf in sorted(leaves):
         adapted.append(WeightConverter(NOVICE_PATTERN, f"{leaf}.constants", [_MergeByOriginalId(0, constants=True)]))
     # The first converter that matches wins, the last one on saving; some families' match any name that ends alike.
-    as_they_are = [WeightConverter(name, name, [_AsItIs()]) for name in sorted(_slim_names(model))]
+    as_they_are = [WeightConverter(name, name, [_AsItIs()]) for name in sorted(_names_of_parts(model))]
+    modulated = declared_modulated(model.config)
+    for guard in modulated.layers.values() if modulated is not None else ():
+        as_they_are.append(WeightConverter(guard, guard, [_WithoutGuard()]))
     return [*as_they_are, *adapted, *as_they_are]
 
 
-def _slim_names(model: Any) -> set[str]:
-    """Ends of the names of weights of experts with fewer neurons: `experts.slim.0.down_proj`."""
+def _names_of_parts(model: Any) -> set[str]:
+    """Ends of the names of weights that no converter is to touch: `experts.slim.0.down_proj`."""
     found = set()
     for name, module in model.named_modules():
         if isinstance(module, StandInExperts):
-            for number, child in enumerate(module.slim):
-                found |= {f"{name.rpartition('.')[2]}.slim.{number}.{leaf}" for leaf in child._parameters}
+            for place, part in parts_of(module).items():
+                found |= {f"{name.rpartition('.')[2]}.{place}.{leaf}" for leaf in part._parameters}
+            if module.modulation is not None:
+                found |= {f"{name.rpartition('.')[2]}.modulation.{leaf}" for leaf in module.modulation._parameters}
     return found
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,8 +118,15 @@ def expert_count_keys(config: Any, num_experts: int) -> list[str]:
     return [name for name in _COUNTS if _read(config, name) == num_experts]
 
 
+def top_k_keys(config: Mapping[str, Any], top_k: int) -> list[str]:
+    """Return the entries of a config.json, or of a part of it, that hold the number of experts picked for a token."""
+    return [name for name in (*_TOP_K, "experts_per_token") if config.get(name) == top_k]
+
+
 def _why_not(module: nn.Module) -> str | None:
     """Return None for a seam, else what keeps the module from being one."""
+    if hasattr(module, "unrouted"):
+        return "it has no router any more"
     down = _weight(module, "down_proj")
     up = next((weight for name in _UP if (weight := _weight(module, name)) is not None), None)
     if down is None or up is None:

@@ -5,6 +5,7 @@
       4: {merge: [[3, 17], [5, 9, 12]]}
       5: {slim: {3: 512, 17: 0}}
       6: {layer_drop: all}
+      7: {condense: {3: 0.0812, 17: 0.0533, rest: 0}}
 
 Each layer holds kinds and each kind the original ids of the experts that become it: a list, or groups of experts that
 share something, or ids with a number each. An expert that is not named is kept; a layer without an entry stays as it
@@ -32,7 +33,7 @@ from pydantic import (
     model_validator,
 )
 
-from understudy.entries import Entry, ids_of, read_entries
+from understudy.entries import OVERLAYS, Entry, entry_text, ids_of, read_entries
 from understudy.errors import OutputError, PlanError
 from understudy.facts import ModelFacts, layer_order
 from understudy.registry import suggest
@@ -127,8 +128,8 @@ class Plan(BaseModel):
 
     def replaced(self, layer: str) -> dict[int, str]:
         """Return id -> kind of the experts of a layer that do not stay, ascending."""
-        pairs = [(i, kind) for kind, entry in self.layers.get(layer, {}).items() for i in ids_of(entry)]
-        return dict(sorted(pairs))
+        kinds = {kind: entry for kind, entry in self.layers.get(layer, {}).items() if kind not in OVERLAYS}
+        return dict(sorted((i, kind) for kind, entry in kinds.items() for i in ids_of(entry)))
 
     def kept(self, layer: str, experts: int) -> tuple[int, ...]:
         """Return the ids of a layer with `experts` experts that stay, ascending."""
@@ -169,12 +170,7 @@ class Plan(BaseModel):
         return f"{_HEADER}{text}layers:\n{''.join(lines)}"
 
     def _entry_text(self, key: str, kind: str) -> str:
-        entry = self.layers[key][kind]
-        if isinstance(entry, dict):
-            return "{" + ", ".join(f"{i}: {n}" for i, n in entry.items()) + "}"
-        if entry == tuple(range(self.model.experts[key])):
-            return "all"
-        return str([list(x) if isinstance(x, tuple) else x for x in entry])
+        return entry_text(self.layers[key][kind], self.model.experts[key])
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:

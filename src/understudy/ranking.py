@@ -9,17 +9,19 @@ import math
 
 import numpy as np
 
+from understudy.budgets import Target, target_of
 from understudy.entries import Entry
 from understudy.errors import PlanError
-from understudy.facts import LayerFacts, format_bytes, parse_bytes
+from understudy.facts import LayerFacts
 from understudy.kinds import Kind
-from understudy.methods import Choice, Mass, Method, Problem
+from understudy.methods import Choice, Mass, Method, Problem, scope_of
 from understudy.protection import SUPER_NEEDS
 from understudy.recipe import Selection
 from understudy.scores import get_score, per
 
 Ids = dict[str, list[int]]  # by layer, experts as they are to be replaced, the first first
 Pairs = list[tuple[str, int]]  # the same over the whole model
+Key = tuple[float, int, str, int]  # one of an order of the whole model: rank by, then by, layer, id
 MASS_NEEDS = ("tokens", "logit_norm_sum")
 _LEAST, _MOST = 0.8, 1.2  # bounds of a layer's threshold over that of the model, LightMoE eq. 3
 
@@ -27,7 +29,7 @@ _LEAST, _MOST = 0.8, 1.2  # bounds of a layer's threshold over that of the model
 def planning_needs(method: Method, settings: Selection) -> set[str]:
     """Return the fields of `ExpertStats` that a plan is made from; what its kinds need is not among them."""
     needs = {*method.needs, *(get_score(method.score).needs if method.score else ())}
-    if settings.scope == "mass" and method.mass.alpha:
+    if scope_of(method, settings) == "mass" and _alpha(method.mass, settings):
         needs |= set(MASS_NEEDS)
     return needs | set(SUPER_NEEDS if settings.keep_super else ())
 
@@ -45,17 +47,29 @@ def choose_lowest(problem: Problem, mass: Mass) -> Choice:
     if problem.settings.scope != "layer":
         order = {key: ids[: kind.most(problem.layers[key])] for key, ids in order.items()}
         by_mass = problem.settings.scope == "mass"
-        keys = sorted(_mass_keys(problem, mass, order) if by_mass else _own_keys(order, values), key=lambda k: k[:2])
+        keys = mass_keys(problem, mass, order) if by_mass else _own_keys(order, values)
         pairs = [(key, i) for _, _, key, i in keys]
-    ids, notes = _by_ratio(problem, order, pairs) if problem.settings.size is None else _by_size(problem, order, pairs)
+    target = target_of(problem.settings, problem.stats.model)
+    ids, notes = _by_size(problem, target, order, pairs) if target else _by_ratio(problem, order, pairs)
     if problem.settings.scope == "mass" and any(ids.values()):
         lost = [len(ids.get(key, ())) for key in order]
-        threshold = keys[sum(lost) - 1][0]
-        notes.append(f"by mass: the threshold is {threshold:.4g}; layers lose {min(lost)} to {max(lost)} experts")
+        notes.append(mass_note(keys[sum(lost) - 1][0], lost))
+    entries: dict[str, dict[str, Entry]] = {key: {kind.name: tuple(sorted(x))} for key, x in ids.items() if x}
+    return Choice(entries, scores=problem.scores, notes=(*notes, *remarks(problem, ids)))
+
+
+def mass_note(threshold: float, lost: list[int]) -> str:
+    """Say what threshold of the model was found, and what it means for the layers."""
+    return f"by mass: the threshold is {threshold:.4g}; layers lose {min(lost)} to {max(lost)} experts"
+
+
+def remarks(problem: Problem, ids: Ids) -> list[str]:
+    """Say where scores tell nothing, and how many experts saw no token and what is done with them."""
+    assert problem.scores is not None
+    notes, values = [], problem.scores.layers
     if alike := [key for key, x in ids.items() if x and np.ptp(values[key]) == 0]:
         notes.append(f"layers {', '.join(alike)}: every expert scores the same, so that the lowest ids go")
-    entries: dict[str, dict[str, Entry]] = {key: {kind.name: tuple(sorted(x))} for key, x in ids.items() if x}
-    return Choice(entries, scores=problem.scores, notes=(*notes, *_unseen(problem, ids)))
+    return notes + _unseen(problem, ids)
 
 
 def order_in(problem: Problem, key: str, values_E: np.ndarray) -> list[int]:
@@ -73,21 +87,24 @@ def order_in(problem: Problem, key: str, values_E: np.ndarray) -> list[int]:
     return (inside[:, :free] + np.arange(groups)[:, None] * size).T.ravel().tolist()
 
 
-# --- orders of the whole model: (rank by, then by, layer, id) ---
+# --- orders of the whole model ---
 
 
-def _own_keys(order: Ids, values: dict[str, np.ndarray]) -> list[tuple[float, int, str, int]]:
+def _own_keys(order: Ids, values: dict[str, np.ndarray]) -> list[Key]:
     """Rank by the score; of equals the first of the model."""
-    return [(float(values[key][i]), 0, key, i) for key, ids in order.items() for i in ids]
+    return _sorted([(float(values[key][i]), 0, key, i) for key, ids in order.items() for i in ids])
 
 
-def _mass_keys(problem: Problem, mass: Mass, order: Ids) -> list[tuple[float, int, str, int]]:
+def mass_keys(problem: Problem, mass: Mass, order: Ids) -> list[Key]:
     """Rank by the threshold of the model at which an expert goes (LightMoE, arXiv 2603.12645, 2.2).
 
     A layer gives up its lowest experts until their share of its mass exceeds p_j, which is the model's threshold times
     a factor of the layer. So the threshold at which an expert goes is the share of those below it (or of those and its
     own, where the expert that crosses stays) over that factor, and no search is needed. Of equals, such as experts
     without any mass, layers take turns.
+
+    Raises:
+        PlanError: a score is negative.
     """
     assert problem.scores is not None
     factors, keys = _factors(problem, mass), []
@@ -101,17 +118,25 @@ def _mass_keys(problem: Problem, mass: Mass, order: Ids) -> list[tuple[float, in
         shares = np.cumsum(per(values[ids], values.sum()))
         at = np.concatenate(([0.0], shares[:-1])) if mass.crossing else shares
         keys += [(float(at[rank]) / factors[key], rank, key, i) for rank, i in enumerate(ids)]
-    return keys
+    return _sorted(keys)
+
+
+def _sorted(keys: list[Key]) -> list[Key]:
+    return sorted(keys, key=lambda k: k[:2])
 
 
 def _factors(problem: Problem, mass: Mass) -> dict[str, float]:
     """Return by layer what the threshold of the model is multiplied with, for the norm of the router's logits."""
-    if not mass.alpha:
+    if not (alpha := _alpha(mass, problem.settings)):
         return dict.fromkeys(problem.layers, 1.0)
     seen = {key: layer for key, layer in problem.stats.layers.items() if layer.tokens > 0}  # kept layers among them
     norms = {key: float(layer.logit_norm_sum / layer.tokens) for key, layer in seen.items()}
     mean = sum(norms.values()) / len(norms) or 1.0
-    return {key: min(max(math.exp(-mass.alpha * (norms[key] / mean - 1)), _LEAST), _MOST) for key in problem.layers}
+    return {key: min(max(math.exp(-alpha * (norms[key] / mean - 1)), _LEAST), _MOST) for key in problem.layers}
+
+
+def _alpha(mass: Mass, settings: Selection) -> float:
+    return mass.alpha if settings.alpha is None else settings.alpha
 
 
 # --- budgets ---
@@ -161,34 +186,31 @@ def _share(problem: Problem, key: str, free: int) -> int:
     return count
 
 
-def _by_size(problem: Problem, order: Ids, pairs: Pairs | None) -> tuple[Ids, list[str]]:
-    """Find the smallest number of experts whose replacement brings the model down to the size."""
-    facts, layers, kind = problem.stats.model, problem.layers, problem.kind
-    size = parse_bytes(problem.settings.size or "")
-    sizes = _sizes_by_layer(problem, order) if pairs is None else _sizes_of_model(problem, pairs)
-    if fitting := [count for count, nbytes in sizes.items() if nbytes <= size]:
+def _by_size(problem: Problem, target: Target, order: Ids, pairs: Pairs | None) -> tuple[Ids, list[str]]:
+    """Find the smallest number of experts whose replacement brings the model down to a size."""
+    layers = problem.layers
+    sizes = _sizes_by_layer(problem, target, order) if pairs is None else _sizes_of_model(problem, target, pairs)
+    if fitting := [count for count, size in sizes.items() if size <= target.most]:
         count = fitting[0]
         return ({key: order[key][:count] for key in layers} if pairs is None else _gather(pairs[:count])), []
     least = min(sizes, key=lambda count: sizes[count])
     ratio = least * (len(layers) if pairs is None else 1) / sum(layer.experts for layer in layers.values())
-    raise PlanError(
-        f"{format_bytes(size)} is out of reach: {kind.name} brings {facts.source} from {format_bytes(facts.nbytes)} "
-        f"down to {format_bytes(sizes[least])} ({sizes[least]} bytes) at best, at ratio {ratio:.6g}"
-    )
+    raise target.out_of_reach(problem.kind.name, sizes[least], ratio)
 
 
-def _sizes_by_layer(problem: Problem, order: Ids) -> dict[int, int]:
-    """Return the bytes of the model by the number of experts replaced in every layer, ascending."""
-    kind, layers, nbytes = problem.kind, problem.layers, problem.stats.model.nbytes
+def _sizes_by_layer(problem: Problem, target: Target, order: Ids) -> dict[int, int]:
+    """Return the size of the model by the number of experts replaced in every layer, ascending."""
+    kind, nbytes = problem.kind, target.facts.nbytes
+    layers = {key: target.facts.layers[key] for key in problem.layers}
     most = min(min(kind.most(layer), len(order[key])) for key, layer in layers.items())
     step = math.lcm(*(layer.groups for layer in layers.values())) if kind.renumbers else 1
     return {n: nbytes + sum(_added(kind, x, n) for x in layers.values()) for n in range(0, most + 1, step)}
 
 
-def _sizes_of_model(problem: Problem, pairs: Pairs) -> dict[int, int]:
-    """Return the bytes of the model by the number of experts replaced, ascending."""
-    kind, layers, counts = problem.kind, problem.layers, dict.fromkeys(problem.layers, 0)
-    sizes = {0: problem.stats.model.nbytes}
+def _sizes_of_model(problem: Problem, target: Target, pairs: Pairs) -> dict[int, int]:
+    """Return the size of the model by the number of experts replaced, ascending."""
+    kind, layers, counts = problem.kind, target.facts.layers, dict.fromkeys(problem.layers, 0)
+    sizes = {0: target.facts.nbytes}
     for n, (key, _) in enumerate(pairs, start=1):
         counts[key] += 1
         more = _added(kind, layers[key], counts[key]) - _added(kind, layers[key], counts[key] - 1)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from understudy.errors import UnderstudyError
 
 Scope = Literal["layer", "model", "mass"]
-Extra = Literal["sets", "subsets", "dense", "channels", "gradients"]
+Extra = Literal["sets", "subsets", "dense", "candidates", "channels", "gradients"]
 _DATA = (
     "text: a file, .jsonl[.xz|.gz|.zst][:field], folder or hf:name[config]:split:field, with =WEIGHT if wanted; "
     "repeat it for several; default: the bundled text"
@@ -48,8 +48,12 @@ class Calibration(_Reading):
     """Settings of `calibrate`."""
 
     experts: str = Field("auto", description="transformers' experts implementation; auto = its own default")
-    collect: tuple[Extra, ...] = Field((), description="sums that cost more: sets,subsets,dense,channels,gradients")
-    dense_tokens: int = Field(2048, gt=1, description="tokens sent through every expert, with --collect dense")
+    collect: tuple[Extra, ...] = Field(
+        (), description="sums that cost more: sets,subsets,dense,candidates,channels,gradients"
+    )
+    dense_tokens: int = Field(
+        2048, gt=1, description="tokens sent through every expert, with --collect dense or candidates"
+    )
     sequential: str | None = Field(
         None, description="method by which each layer is replaced before the next is calibrated: ream, camera"
     )
@@ -69,13 +73,47 @@ class Selection(_Settings):
     method: str = Field("mone", description="how experts are scored, and what the losers become")
     ratio: float | None = Field(None, description="share of the routed experts to replace, 0 to 1")
     size: str | None = Field(None, description="bytes that the written weights may take: 4.8GB, 4.5GiB")
-    scope: Scope = Field("layer", description="rank in each layer, over the whole model, or by mass (LightMoE)")
+    model_ratio: float | None = Field(None, description="share of the whole model's parameters to remove, 0 to 1")
+    scope: Scope | None = Field(
+        None, description="rank in each layer, over the whole model, or by mass (LightMoE); default: the method's own"
+    )
+    alpha: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="by mass: how much less goes where router logits are large; default: the method's own",
+    )
     keep_layers: str | None = Field(None, description="layers to leave as they are, like 0,3,12-15")
     keep_super: bool = Field(False, description="never replace super experts, whose outputs reach extremes")
     width_classes: int = Field(0, ge=0, description="slim: different widths in a layer at most; 0 = any number")
+    bases: int = Field(3, gt=0, description="lightmoe: groups of replaced experts in a layer, each with one base")
+    rank: int = Field(16, gt=0, description="lightmoe: rank of what each replaced expert adds to its base")
+    grouping: Literal["dominants", "kmeans"] = Field(
+        "dominants", description="lightmoe: by likeness to the strongest of the replaced experts, or by clustering"
+    )
+    keep_experts: int = Field(
+        6, ge=0, description="cd_moe: experts that a condensed layer keeps, at most all; 0 = shared experts only"
+    )
+    layers: int | None = Field(None, gt=0, description="cd_moe: layers to condense, in place of --ratio")
+    weights: Literal["mean", "fitted"] = Field(
+        "mean", description="cd_moe: weigh what is kept by its mean gate over tokens that chose it, or by least squares"
+    )
+    beam: int = Field(1, gt=0, description="cd_moe: choices that are held from one step to the next")
+    main_k: int | None = Field(
+        None, gt=0, description="compressed_experts: experts that run for a token; default: half of those it chooses"
+    )
+    vectors: int = Field(
+        1, description="compressed_experts: vectors of an expert, 1 on the hidden state or 3 on its projections"
+    )
+    renormalise: bool = Field(
+        False, description="compressed_experts: scale the gates of those that run up to the sum of all"
+    )
+    plain: bool = Field(
+        False, description="compressed_experts: no vectors, an ordinary checkpoint that asks for fewer experts"
+    )
     kind: str | None = Field(None, description="what the losers become; the default is the method's own")
     gate: Literal["all-tokens", "routed"] = Field("all-tokens", description="mone: mean gate over all or routed tokens")
-    seed: int = Field(0, ge=0, description="seed of random scores")
+    seed: int = Field(0, ge=0, description="seed of what is drawn: random scores, low-rank parts")
 
 
 class Search(_Reading):
@@ -84,6 +122,12 @@ class Search(_Reading):
     samples: int = Field(32, gt=0, description="blocks to draw")
     generations: int = Field(10, gt=0, description="rounds after the first")
     population: int = Field(16, gt=1, description="candidates in a round")
+    criterion: Literal["js", "l2", "kl"] = Field(
+        "js",
+        description="cd_moe: distance of hidden states, as divergence of their softmax or relative; "
+        "kl = of what the model predicts, with experts chosen by l2",
+    )
+    dense_tokens: int = Field(2048, gt=1, description="cd_moe: tokens sent through every expert")
 
 
 class Evaluation(_Reading):
@@ -96,6 +140,47 @@ class Evaluation(_Reading):
     include_path: str | None = Field(None, description="folder with task files of your own")
     limit: int | None = Field(None, gt=0, description="items of each task, for a quick look")
     num_fewshot: int | None = Field(None, ge=0, description="examples before each task item; the task's own by default")
+
+
+class Recovery(_Settings):
+    """Settings of `recover`."""
+
+    train: tuple[str, ...] = Field((), description=f"training {_DATA}")
+    steps: int = Field(2000, gt=0, description="optimiser steps")
+    lr: float = Field(1e-4, gt=0, description="learning rate at its highest")
+    batch: int = Field(32, gt=0, description="sequences in a step, over all processes")
+    micro_batch: int | None = Field(None, gt=0, description="sequences that run together; default: a step's at once")
+    seq_len: int = Field(1024, gt=1, description="tokens in a sequence")
+    seed: int = Field(0, ge=0, description="seed of the order of the text, and of low-rank parts")
+    end_ratio: tuple[float, ...] = Field(
+        (), description="share of the steps over which the originals fade out, 0 = never there; several: the best stays"
+    )
+    schedule: Literal["linear", "exp"] = Field("linear", description="how the originals fade out")
+    loss: Literal["lm", "kd", "lm+kd"] = Field("lm", description="next token, distillation from the teacher, or both")
+    train_what: str | None = Field(
+        None,
+        description="stand-ins|stand-ins+lora|lora|vectors|vectors+lora|experts|router|all; the default is the "
+        "method's own",
+    )
+    rank: int | None = Field(
+        None, gt=0, description="of low-rank parts on kept experts; default: that of the stand-ins, or 16"
+    )
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="how the rate falls")
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps over which the rate rises")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    temperature: float = Field(1.0, gt=0, description="of distillation")
+    held_out: float = Field(0.05, gt=0, lt=1, description="share of the training text to measure on, never trained on")
+    dtype: str = Field("float32", description="dtype of the weights in training; auto = the checkpoint's own")
+    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision on top of that")
+    gradient_checkpointing: bool = Field(False, description="less memory for more time")
+    save_every: int | None = Field(None, gt=0, description="steps between checkpoints; default: a tenth of the steps")
+    device: str = Field("auto", description="device to compute on; auto = an accelerator if there is one")
+    trust_remote_code: bool = Field(False, description="run modelling code that comes with the checkpoint")
+
+    @field_validator("end_ratio", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return _by_commas(value)
 
 
 class Comparison(_Running):
@@ -149,7 +234,7 @@ def settings_from(cls: type[T], settings: T | None, options: dict[str, Any]) -> 
             raise UnderstudyError(f"give either settings or {', '.join(sorted(options))}, not both")
         return settings
     options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in options.items()}
-    for name in {"data", "tasks", "test"} & options.keys():
+    for name in {"data", "tasks", "test", "train"} & options.keys():
         if isinstance(options[name], str):
             options[name] = (options[name],)
     try:

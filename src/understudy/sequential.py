@@ -70,7 +70,7 @@ class Sequential:
             raise PlanError("--sequential needs --sequential-ratio, more than 0 and less than 1")
         if not self.kind.substitutes or "layer" not in self.method.scopes:
             raise PlanError(f"--sequential {self.method.name}: it cannot be made layer by layer; use ream or camera")
-        self.settings = Selection(method=self.method.name, ratio=self.ratio)
+        self.settings = Selection(method=self.method.name, ratio=self.ratio, scope="layer")
 
     def __call__(self, layer: MoELayer, stats: ExpertStats, experts: Any) -> Any | None:
         """Return the layer's new experts, made of its live ones, which stay as they are; None where all stay."""

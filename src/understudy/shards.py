@@ -14,9 +14,9 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from understudy.checkpoint import INDEX, SINGLE
+from understudy.checkpoint import INDEX, SINGLE, Checkpoint
 from understudy.errors import OutputError, reason
 from understudy.facts import format_bytes
 from understudy.weights import DTYPES, TensorEntry, Weights
@@ -137,6 +137,15 @@ def write_folder(
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         why = f"disk full, {format_bytes(total)} are needed" if full else reason(error)
         raise OutputError(f"{folder}: cannot be written ({why})") from None
+
+
+def write_rest(folder: Path, source: Checkpoint, config: dict[str, Any]) -> None:
+    """Write the config beside the shards, and copy what else lies beside those of the source."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for path in source.other_files:
+        copy = folder / path.relative_to(source.folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def _split(pieces: Sequence[Piece], max_shard: int) -> list[list[Piece]]:

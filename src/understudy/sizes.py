@@ -40,7 +40,7 @@ class RouteCounter:
         own_forward = experts.forward
 
         def counted(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
-            seen = experts.chosen(top_k_index).cpu()
+            seen = experts.chosen(top_k_index, top_k_weights).cpu()
             self._counts[key] = self._counts[key] + seen if key in self._counts else seen
             self._tokens[key] = self._tokens.get(key, 0) + len(hidden_states)
             return own_forward(hidden_states, top_k_index, top_k_weights)
@@ -63,8 +63,9 @@ def count_params(skeleton: Skeleton, routes: Mapping[str, np.ndarray]) -> dict[s
     """Count parameters: `total` in the checkpoint, `routed` in routed experts and stand-ins, `active` for a token.
 
     Active are all parameters outside the routed experts, and in each MoE layer those that the k routes of a token
-    lead to. Where a layer has stand-ins, that depends on the text: `routes` gives the mean routes to each expert, as
-    `RouteCounter` measures them. For a layer that is not in `routes`, every expert counts as equally likely.
+    lead to; where fewer of them run, those and the vectors of the others. Where a layer has stand-ins, that depends on
+    the text: `routes` gives the mean routes to each expert, as `RouteCounter` measures them. For a layer that is not in
+    `routes`, every expert counts as equally likely.
     """
     total = sum(entry.numel for entry in skeleton.checkpoint.entries.values())
     routed, active = 0, 0.0
@@ -73,13 +74,27 @@ def count_params(skeleton: Skeleton, routes: Mapping[str, np.ndarray]) -> dict[s
         if isinstance(experts, StandInExperts):
             stored, params_E = _with_stand_ins(experts)
             routed += stored
-            E = experts.num_logical_experts
-            active += float(params_E @ routes.get(layer.key, np.full(E, layer.top_k / E)))
+            routes_E = routes.get(layer.key, _evenly(experts, layer.top_k))
+            active += float(params_E @ routes_E)
+            if (vectors := experts.modulation) is not None:  # routes that do not run have one each
+                each = _row_params(vectors, vectors.num_experts)
+                routed += each * vectors.num_experts
+                active += each * max(0.0, layer.top_k - float(routes_E.sum()))
         else:
             each = _row_params(experts, layer.num_experts)
             routed += each * layer.num_experts
             active += layer.top_k * each
     return {"total": total, "routed": routed, "active": round(total - routed + active)}
+
+
+def _evenly(experts: Any, top_k: int) -> np.ndarray:
+    """Mean routes of a token to each expert that run, where each expert is equally likely to be chosen, `[E]`."""
+    E = experts.num_logical_experts
+    routes_E = np.full(E, top_k / E)
+    if experts.modulation is not None:
+        full = [e for e in range(E) if e not in experts.stand_ins or not experts.stand_ins[e].free]
+        routes_E[full] = min(experts.modulation.main_k, top_k * len(full) / E) / len(full)
+    return routes_E
 
 
 def _with_stand_ins(experts: Any) -> tuple[int, np.ndarray]:
@@ -92,6 +107,10 @@ def _with_stand_ins(experts: Any) -> tuple[int, np.ndarray]:
         each = _row_params(child, len(child.kept))
         stored += each * len(child.kept)
         params_E[list(child.kept)] = each
+    if (bases := experts.bases) is not None:
+        each, thin = _row_params(bases, len(bases.dominants)), _row_params(bases.adapters, len(bases.replaced))
+        stored += each * len(bases.dominants) + thin * len(bases.replaced)
+        params_E[list(bases.replaced)] = each + thin
     if experts.constants is not None:
         stored += experts.constants.numel()
         params_E[list(experts.replaced)] += experts.constants.shape[1]
@@ -101,4 +120,4 @@ def _with_stand_ins(experts: Any) -> tuple[int, np.ndarray]:
 def _row_params(experts: nn.Module, rows: int) -> int:
     """Parameters of one expert; the constants of a layer are stacked like experts and must not be taken for a part."""
     stacked = [p for name, p in experts.named_parameters(recurse=False) if name != "constants" and p.dim() > 0]
-    return sum(p[0].numel() for p in stacked if p.shape[0] == rows)
+    return sum(p[0].numel() for p in stacked if p.shape[0] == rows and rows)

@@ -23,7 +23,8 @@ from understudy.sums import ExpertStats as ExpertStats
 from understudy.sums import exact_in, group_of, is_vector, required_fields
 
 FORMAT = 1
-EXTRA = ("sets", "subsets", "dense", "channels", "gradients")  # groups of sums that cost time or room and are asked for
+# groups of sums that cost time or room and are asked for
+EXTRA = ("sets", "subsets", "dense", "candidates", "channels", "gradients")
 
 
 @dataclass(frozen=True)

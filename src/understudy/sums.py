@@ -67,6 +67,11 @@ class ExpertStats:
     dense_hsic: Any = optional("dense")  # [E, E] sum over batches of |Yc_i^T Yc_j|_F^2, outputs centred in the batch
     dense_activations: Any = optional("dense", "first")  # [E, I, N] h on a few of those; merged: the first of both
 
+    candidate_gram: Any = optional("candidates")  # [E, E] sum over tokens sent through every expert of y_i y_j
+    candidate_dot: Any = optional("candidates")  # [E] sum over those of y r, r what the routed experts put out together
+    candidate_sq: Any = optional("candidates")  # [] sum over those of |r|^2
+    candidate_scale: Any = optional("candidates")  # [] sum over those of |h|^2, h the stream behind in units of r
+
     subset_loss: Any = optional("subsets")  # [2^E] sum over blocks of |F(x) - F_subset(x)|, bit e set: e stays; NAEE
 
     activation_sum: Any = optional("channels")  # [E, I] sum h

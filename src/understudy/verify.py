@@ -14,7 +14,10 @@ import torch
 
 from understudy.entries import ids_of
 from understudy.errors import CheckpointError, NumericError
-from understudy.kinds import get_kind
+from understudy.kinds import get_kind, stand_ins_of
+from understudy.kinds.condense import slow_answer, staying
+from understudy.kinds.modulate import modulate_of, slow_split
+from understudy.layout import model_facts
 from understudy.moe import MoELayer
 from understudy.plans import Plan
 from understudy.removal import removed_layers
@@ -55,7 +58,8 @@ def verify_folder(
         if here:
             with source.resident(part):
                 for layer in here:
-                    expected[layer.key] = _planned(source, layer, plan, probes[layer.key], stats)
+                    form = _is_folded(written, layer)
+                    expected[layer.key] = _planned(source, layer, plan, probes[layer.key], stats, form)
         try:
             with written.resident(part if not removed else step - 1):  # complete and finite, or it raises
                 for layer in here:
@@ -118,13 +122,30 @@ def _probe_of(stats: Stats | None, layer: MoELayer) -> Probe:
     return Probe(hidden.numpy(), index.numpy(), weights.numpy())
 
 
-def _planned(source: Skeleton, layer: MoELayer, plan: Plan, probe: Probe, stats: Stats | None) -> torch.Tensor:
+def _is_folded(written: Skeleton, layer: MoELayer) -> bool:
+    """Whether a dense MLP is where the layer's experts were, shared ones included."""
+    block = written.model.get_submodule(layer.block)
+    return layer.name[len(layer.block) + 1 :] not in dict(block.named_modules())
+
+
+def _planned(
+    source: Skeleton, layer: MoELayer, plan: Plan, probe: Probe, stats: Stats | None, folded: bool
+) -> torch.Tensor:
     """What the layer should answer, from the source's experts one route at a time: `[n, H]` float32."""
     experts = source.model.get_submodule(layer.name)
     hidden = torch.from_numpy(probe.hidden).to(source.dtype)
+    if "condense" in plan.layers[layer.key]:
+        inside = [name for name in layer.shared if folded and name.startswith(f"{layer.block}.")]
+        shared = [source.model.get_submodule(name) for name in inside]
+        with torch.no_grad():
+            return slow_answer(experts, hidden, staying(plan.layers[layer.key]["condense"]), shared)
     weights = torch.from_numpy(probe.weights)
     index, _ = _routes(layer, plan, probe)
     tokens, k = index.shape
+    modulate = modulate_of(plan, layer.key)
+    if modulate is not None and not modulate.plain:  # vectors that were just made change nothing
+        facts = model_facts(source, source.checkpoint.folder.name).layers[layer.key]
+        weights, _ = slow_split(stand_ins_of(plan, layer.key, facts), modulate, index, weights.to(source.dtype).float())
     with torch.no_grad():
         ones = torch.ones(tokens * k, 1, dtype=source.dtype)
         known = stats.layers[layer.key] if stats else None
@@ -155,11 +176,14 @@ def _routes(layer: MoELayer, plan: Plan, probe: Probe) -> tuple[torch.Tensor, to
 
 
 def _compare(written: Skeleton, layer: MoELayer, plan: Plan, probe: Probe, expected: torch.Tensor) -> None:
-    experts = written.model.get_submodule(layer.name)
+    experts = written.model.get_submodule(layer.block if _is_folded(written, layer) else layer.name)
     hidden = torch.from_numpy(probe.hidden).to(written.dtype)
     _, index = _routes(layer, plan, probe)
     with torch.no_grad():
-        got = experts(hidden, index, torch.from_numpy(probe.weights).to(written.dtype)).float()
+        if "condense" in plan.layers[layer.key]:
+            got = experts(hidden).float()
+        else:
+            got = experts(hidden, index, torch.from_numpy(probe.weights).to(written.dtype)).float()
     scale = max(float(expected.abs().max()), 1e-6)
     worst = float((got - expected).abs().max()) / scale
     if not worst <= TOLERANCE.get(written.dtype, 1e-4):

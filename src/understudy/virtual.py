@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-import torch
-
-from understudy.channels import neurons, rest, set_neurons, set_rest
+from understudy.condensed.cutting import cut_condensed
 from understudy.cut import LayerCut, LayerSource, Make, Outline, Workshop, cut_stand_ins, materialised
 from understudy.entries import Entry, ids_of
-from understudy.errors import PlanError
 from understudy.experts import copied, install
+from understudy.full_size import at_full_size, check_ordinary
 from understudy.kinds import get_kind, stand_ins_of
+from understudy.kinds.modulate import modulated_layers, plain_config
 from understudy.layout import expert_tensors, model_facts
 from understudy.moe import MoELayer, expert_count_keys, text_config
 from understudy.plans import Plan
@@ -24,13 +23,12 @@ from understudy.removal import absent_blocks, removed_layers, without_layers
 from understudy.shards import Lazy, Piece, Range, size_of, whole
 from understudy.skeleton import Skeleton
 from understudy.standins import (
-    ABSENT,
     ARCHITECTURE_PREFIX,
-    MERGED,
-    SLIM,
     StandIn,
     declare,
     declare_absent,
+    declare_modulated,
+    declared_unrouted,
     known_to_engines,
 )
 from understudy.stats import ExpertStats, Stats
@@ -41,13 +39,16 @@ from understudy.weights import TensorEntry, Weights
 class Outcome:
     """Every tensor that a plan leads to, in the order of the source, the new config.json, and who computes the new.
 
-    `at_full_size`: experts were written out that the plan made smaller.
+    `at_full_size`: experts were written out that the plan made smaller. `notes`: what people should know of the form.
+    `readers`: who loads the folder, where that is not what the config would say.
     """
 
     pieces: list[Piece]
     config: dict[str, Any]
     workshop: Workshop
     at_full_size: bool
+    notes: tuple[str, ...] = ()
+    readers: str | None = None
 
 
 def outcome(source: Skeleton, plan: Plan, stats: Stats | None, materialise: bool = False) -> Outcome:
@@ -59,27 +60,29 @@ def outcome(source: Skeleton, plan: Plan, stats: Stats | None, materialise: bool
     Raises:
         PlanError: `materialise`, and a stand-in that no expert of the family can be.
     """
-    facts = model_facts(source, "").layers
-    stand_ins = {key: found for key in plan.layers if (found := stand_ins_of(plan, key, facts[key]))}
+    facts = model_facts(source, source.checkpoint.folder.name)
+    stand_ins = {key: found for key in plan.layers if (found := stand_ins_of(plan, key, facts.layers[key]))}
     if materialise:
         for key, found in stand_ins.items():
-            _check_ordinary(key, found)
-    workshop = Workshop(source, Outline(source, {} if materialise else stand_ins))
+            check_ordinary(key, found)
+    modulated = modulated_layers(source, plan, materialise)
+    workshop = Workshop(source, Outline(source, {} if materialise else stand_ins, modulated))
     changes: list[tuple[str, LayerCut]] = []  # after which tensor the new ones come
     declared: dict[str, tuple[Mapping[int, StandIn], Mapping[int, str]]] = {}
     remaining: int | None = None
+    sources: dict[str, LayerSource] = {}
     for layer in source.layers:
         kinds = plan.layers.get(layer.key, {})
         if not kinds:
             continue
         tensors = expert_tensors(source, layer)
         known = stats.layers[layer.key] if stats else None
-        given = LayerSource(source, layer, tensors, source.checkpoint, known, workshop)
+        given = sources[layer.key] = LayerSource(source, layer, tensors, source.checkpoint, known, workshop)
         if layer.key in stand_ins:
             mine = stand_ins[layer.key]
             make = partial(made, layer, mine, kinds, plan.how, known)
             if materialise:
-                cut = materialised(source, given, workshop, partial(_at_full_size, make, mine), list(mine))
+                cut = materialised(source, given, workshop, partial(_at_full_size, make), list(mine))
             else:
                 cut = cut_stand_ins(source, given, workshop, make, _vectors(kinds, known))
                 declared[layer.name] = (cut.stand_ins, cut.vectors)
@@ -95,15 +98,22 @@ def outcome(source: Skeleton, plan: Plan, stats: Stats | None, materialise: bool
         _set_expert_count(config, source, remaining)
     if declared:
         config["compression_config"] = declare(declared)
+    if modulated is not None:
+        declare_modulated(config, modulated)
+    asked = plain_config(source, plan, config)
     if absent := absent_blocks(source, plan):
         declare_absent(config, absent)
-    if absent or not all(known_to_engines(found) for found, _ in declared.values()):
+    condensed = cut_condensed(source, plan, facts, sources, config, materialise)
+    changes, config = changes + condensed.cuts, condensed.config
+    ours = absent or modulated is not None or declared_unrouted(config)
+    if ours or not all(known_to_engines(found) for found, _ in declared.values()):
         names = config.get("architectures") or [type(source.model).__name__]
         config["architectures"] = [ARCHITECTURE_PREFIX + name for name in names]
     pieces = _in_order(source, changes)
     if removed := removed_layers(source, plan):
         pieces, config = without_layers(source, pieces, config, removed)
-    return Outcome(pieces, config, workshop, materialise and bool(stand_ins))
+    notes = (*condensed.notes, *asked)
+    return Outcome(pieces, config, workshop, materialise and bool(stand_ins), notes, condensed.readers)
 
 
 def planned(source: Skeleton, plan: Plan, stats: Stats | None) -> Skeleton:
@@ -154,7 +164,8 @@ def _vectors(kinds: Mapping[str, Entry], stats: ExpertStats | None) -> dict[int,
     """Constants that are told by the statistics alone, by original id."""
     if stats is None:
         return {}
-    found = {e: get_kind(name).answer(stats, e) for name, entry in kinds.items() for e in ids_of(entry)}
+    known = [(get_kind(name), entry) for name, entry in kinds.items() if not get_kind(name).overlays]
+    found = {e: kind.answer(stats, e) for kind, entry in known for e in ids_of(entry)}
     return {e: vector for e, vector in found.items() if vector is not None}
 
 
@@ -174,34 +185,8 @@ def made(
     return made
 
 
-def _at_full_size(make: Make, stand_ins: Mapping[int, StandIn], experts: Any) -> Any:
-    """Give every expert its own weights of full width again: what was merged is repeated, lost neurons are zeros."""
-    made, full = make(experts), copied(experts)
-    stacked = [
-        n for n, p in experts._parameters.items() if p is not None and p.shape[:1] == experts.down_proj.shape[:1]
-    ]
-    for name in stacked:
-        full._parameters[name] = torch.nn.Parameter(experts._parameters[name].detach().clone(), requires_grad=False)
-    for expert, stand_in in stand_ins.items():
-        for name in stacked:
-            own = full._parameters[name].data
-            own[expert] = made._parameters[name][made.rows[expert]] if stand_in.format == MERGED else 0
-        if stand_in.format == SLIM:
-            child, row = made.slim_place(expert)
-            values = torch.zeros_like(neurons(full, expert))
-            values[: stand_in.width] = neurons(child, row)
-            set_neurons(full, expert, values)
-            set_rest(full, expert, rest(child, row))
-    return full
-
-
-def _check_ordinary(key: str, stand_ins: Mapping[int, StandIn]) -> None:
-    for expert, stand_in in stand_ins.items():
-        if stand_in.constant or stand_in.format not in (MERGED, SLIM, ABSENT):
-            raise PlanError(
-                f"layer {key}: expert {expert} becomes a vector, which no expert of the family can be; leave out "
-                "--materialise"
-            )
+def _at_full_size(make: Make, experts: Any) -> Any:
+    return at_full_size(make(experts), experts)
 
 
 def _in_order(source: Skeleton, changes: list[tuple[str, LayerCut]]) -> list[Piece]:

@@ -84,10 +84,18 @@ class Walk:
                 done(index)
 
     def _through(self, layer: nn.Module, index: int) -> None:
-        for number, batch in enumerate(self.batches):
-            before = self.store.get(number) if index else None
-            args, kwargs = self._arguments(index, number, batch, before)
-            self.store.put(number, self._run(layer, index, args, kwargs))
+        for number in range(len(self.batches)):
+            self.store.put(number, self.run_layer(layer, index, number, self.store.get(number) if index else None))
+
+    @torch.no_grad()
+    def run_layer(self, layer: nn.Module, index: int, number: int, before: Any) -> Any:
+        """Put one batch through a resident layer, where the layer before it has put out `before`; the first reads none.
+
+        Raises:
+            NumericError: the layer puts out NaN or infinity.
+        """
+        args, kwargs = self._arguments(index, number, self.batches[number], before)
+        return self._run(layer, index, args, kwargs)
 
     @torch.no_grad()
     def logits(self, number: int) -> torch.Tensor:

@@ -9,19 +9,29 @@ import inspect as introspection
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 import understudy
 from understudy._version import __version__
+from understudy.cli.arguments import (
+    AsJson,
+    Materialise,
+    MaxShardSize,
+    Model,
+    Out,
+    PlanFile,
+    PlanFiles,
+    ResultFolder,
+    StatsFile,
+    TrustRemoteCode,
+    trust,
+)
 from understudy.cli.options import build, flags, keyword, settings_of
 from understudy.cli.screen import Screen
-from understudy.recipe import Calibration, Comparison, Evaluation, Search, Selection
-
-if TYPE_CHECKING:
-    from understudy.facts import ModelFacts
-    from understudy.plans import Plan
+from understudy.cli.shown import each, facts_of, planned
+from understudy.recipe import Calibration, Comparison, Evaluation, Recovery, Search, Selection
 
 app = typer.Typer(
     name="understudy",
@@ -32,17 +42,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # help texts hold brackets, which are no markup
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="a local folder or a hub id", show_default=False)]
-PlanFiles = Annotated[list[Path], typer.Argument(metavar="PLAN...", help="a plan, or several", show_default=False)]
-PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="a plan", show_default=False)]
-ResultFolder = Annotated[Path, typer.Argument(metavar="DIR", help="what compare or compress wrote", show_default=False)]
-StatsFile = Annotated[Path, typer.Argument(metavar="STATS", help="statistics of `calibrate`", show_default=False)]
-Out = Annotated[Path, typer.Option("--out", help="what to write; must not exist", show_default=False)]
-MaxShardSize = Annotated[str | None, typer.Option("--max-shard-size", help="size of a shard file, as 5GB")]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, and nothing else there")]
-_trust = Calibration.model_fields["trust_remote_code"]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help=_trust.description)]
 
 
 def command(name: str, view: str) -> Callable[[Callable[..., dict[str, Any] | None]], Callable[..., None]]:
@@ -105,7 +104,7 @@ def _root(
 
 
 @command("inspect", view="inspect")
-def inspect(screen: Screen, model: Model, trust_remote_code: TrustRemoteCode = _trust.default) -> dict[str, Any]:
+def inspect(screen: Screen, model: Model, trust_remote_code: TrustRemoteCode = trust.default) -> dict[str, Any]:
     """Say what a model is made of, and what can be done with it."""
     return understudy.inspect(model, trust_remote_code=trust_remote_code).to_dict()
 
@@ -132,7 +131,7 @@ def plan(screen: Screen, stats: StatsFile, out: Out, settings: Selection) -> dic
     """Choose the experts to replace, and write that as a plan to look at; reads no weights."""
     result = understudy.plan(stats, out, settings=settings)
     scores = result.scores
-    return _planned(result.plan, out) | {
+    return planned(result.plan, out) | {
         "source_bytes": result.facts.nbytes,
         "expected_bytes": result.expected_bytes,
         "load_bytes": result.load_bytes,
@@ -150,24 +149,23 @@ def plan(screen: Screen, stats: StatsFile, out: Out, settings: Selection) -> dic
 def search(
     screen: Screen, model: Model, stats: StatsFile, out: Out, selection: Selection, settings: Search
 ) -> dict[str, Any]:
-    """Let the number of experts that each layer gives up evolve, and write the best plan."""
+    """Find a plan by running the model on text: experts that each layer gives up, or as the method does."""
     found = understudy.search(model, stats, out, selection=selection, settings=settings, progress=screen.step)
-    better = f"shares {found.fitness:.4f} of probability with the original, equal layers {found.start_fitness:.4f}"
-    return _planned(found.plan, out) | {
+    return planned(found.plan, out) | {
         "source_bytes": found.facts.nbytes,
         "expected_bytes": found.expected_bytes,
         "load_bytes": found.expected_bytes - found.facts.unloaded_bytes,
         "fitness": found.fitness,
         "start_fitness": found.start_fitness,
         "evaluations": found.evaluations,
-        "notes": [f"{better} ({found.evaluations} plans tried)"],
+        "notes": list(found.notes),
     }
 
 
 @command("show", view="show")
 def show(screen: Screen, plans: PlanFiles) -> dict[str, Any]:
     """Show which experts of which layer a plan replaces."""
-    return _each(plans, understudy.show)
+    return each(plans, understudy.show)
 
 
 @command("check", view="check")
@@ -176,11 +174,11 @@ def check(
     plans: PlanFiles,
     stats: Annotated[Path | None, typer.Option("--stats", help="check against the model of these statistics")] = None,
     model: Annotated[str | None, typer.Option("--model", help="check against this model")] = None,
-    trust_remote_code: TrustRemoteCode = _trust.default,
+    trust_remote_code: TrustRemoteCode = trust.default,
 ) -> dict[str, Any]:
     """Check a plan after editing; with statistics or a model, against that model as well."""
-    facts = _facts(stats, model, trust_remote_code)
-    return _each(plans, lambda plan: understudy.check(plan, facts))
+    facts = facts_of(stats, model, trust_remote_code)
+    return each(plans, lambda plan: understudy.check(plan, facts))
 
 
 @command("diff", view="diff")
@@ -197,10 +195,8 @@ def apply(
     out: Out,
     stats: Annotated[Path | None, typer.Option("--stats", help="statistics that stand-ins are made of")] = None,
     max_shard_size: MaxShardSize = None,
-    materialise: Annotated[
-        bool, typer.Option("--materialise", help="write an ordinary checkpoint at full size; it saves nothing")
-    ] = False,
-    trust_remote_code: TrustRemoteCode = _trust.default,
+    materialise: Materialise = False,
+    trust_remote_code: TrustRemoteCode = trust.default,
 ) -> dict[str, Any]:
     """Write the smaller model that a plan describes, and verify it."""
     applied = understudy.apply(
@@ -219,7 +215,7 @@ def apply(
         "bytes": applied.nbytes,
         "source_bytes": applied.source_nbytes,
         "loads": applied.loads,
-        "notes": [full] if applied.at_full_size else [],
+        "notes": [*applied.notes, *([full] if applied.at_full_size else [])],
     }
 
 
@@ -242,6 +238,23 @@ def compress(
         progress=screen.step,
     )
     return compressed.to_dict() if compressed else None
+
+
+@command("recover", view="recover")
+def recover(
+    screen: Screen,
+    model: Model,
+    out: Out,
+    settings: Recovery,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="the original: to distil from, and what fades out of the stand-ins")
+    ] = None,
+    materialise: Materialise = False,
+) -> dict[str, Any] | None:
+    """Train what stands in for the experts, or more, and write the model that comes out."""
+    told = {"teacher": teacher, "settings": settings, "materialise": materialise}
+    recovered = understudy.recover(model, out, **told, progress=screen.step)
+    return recovered.to_dict() if recovered else None
 
 
 @command("eval", view="evaluate")
@@ -273,39 +286,6 @@ def compare(
 def report(screen: Screen, folder: ResultFolder) -> dict[str, Any]:
     """Write DIR/report.html: what a compressed model, or a comparison of methods, lost and where."""
     return understudy.report(folder).to_dict()
-
-
-def _planned(plan: Plan, out: Path) -> dict[str, Any]:
-    """What is shown of a plan that was just made."""
-    from understudy.methods import get_method
-
-    shown = understudy.show(plan)
-    for layer in shown["layers"].values():
-        layer["replaced"] = {kind: chosen["count"] for kind, chosen in layer["replaced"].items()}
-    return shown | {"out": str(out), "paper": get_method(plan.method).paper}
-
-
-def _each(plans: list[Path], look: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """What is said of one plan, or of several under their names."""
-    if len(plans) == 1:
-        return look(plans[0])
-    return {"plans": {str(plan): look(plan) for plan in plans}}
-
-
-def _facts(stats: Path | None, model: str | None, trust_remote_code: bool) -> ModelFacts | None:
-    from understudy.errors import UnderstudyError
-    from understudy.stats import load_stats
-
-    if stats is not None and model is not None:
-        raise UnderstudyError("give one of --stats and --model")
-    if stats is not None:
-        return load_stats(stats, only=()).model
-    if model is None:
-        return None
-    found = understudy.inspect(model, trust_remote_code=trust_remote_code)
-    if found.facts is None:
-        raise UnderstudyError(f"{model} holds stand-ins already; check the plan against the original model")
-    return found.facts
 
 
 def main() -> None:

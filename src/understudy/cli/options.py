@@ -14,7 +14,8 @@ from pydantic.fields import FieldInfo
 from understudy.recipe import settings_from
 
 Settings = type[BaseModel]
-_LISTS = {"data": "SPEC", "test": "SPEC", "tasks": "T,..", "methods": "M,..", "ratios": "R,..", "seeds": "S,.."}
+_LISTS = dict.fromkeys(("data", "train", "test"), "SPEC") | dict.fromkeys(("ratios", "end_ratio"), "R,..")
+_LISTS |= {"tasks": "T,..", "methods": "M,..", "seeds": "S,.."}
 
 
 def settings_of(function: Callable[..., Any]) -> dict[str, Settings]:
@@ -71,5 +72,7 @@ def _type(name: str, field: FieldInfo) -> tuple[Any, str | None]:
         return str, "|".join(get_args(kind))  # pydantic refuses the others, in one line
     if get_origin(kind) in (Union, UnionType):
         inner = next(arm for arm in get_args(kind) if arm is not type(None))
+        if get_origin(inner) is Literal:
+            return str | None, "|".join(get_args(inner))
         return inner | None, None
     return kind, None

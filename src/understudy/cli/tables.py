@@ -174,6 +174,21 @@ def compress(data: Data) -> RenderableType:
     return Group(_pairs([("method", data["method"]), ("replaced", replaced)]), apply(data))
 
 
+def recover(data: Data) -> RenderableType:
+    """Show what was trained, and what came of it."""
+    runs = _table(["end ratio", "loss held out", "perplexity", "KL to the teacher", "seconds", "peak memory", ""])
+    for place, run in enumerate(data["runs"]):
+        held, kept = run["held_out"], "kept" if place == data["chosen"] and len(data["runs"]) > 1 else ""
+        peak = f"{format_bytes(run['peak_memory_bytes'])} {run['peak_memory_of']}"
+        figures = [held["loss"], held["perplexity"], held.get("kd")]
+        runs.add_row(_text(run["end_ratio"]), *map(_text, figures), f"{run['seconds']:.0f}", peak, kept)
+    rows = [
+        ("model", f"{data['out']}, {format_bytes(data['bytes'])}"),
+        ("trained", f"{_count(data['trained'])} parameters: {data['train_what']}"),
+    ]
+    return Group(_pairs(rows), runs, _pairs(_notes(data)))
+
+
 def evaluate(data: Data) -> RenderableType:
     """Show the figures of a model, beside those of its original where there is one."""
     against = data["against"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from understudy.entries import Entry, ids_of
+from understudy.entries import OVERLAYS, Entry, ids_of
 from understudy.errors import PlanError
 from understudy.facts import LayerFacts, ModelFacts
 from understudy.plans import Plan, check_model
@@ -36,6 +36,7 @@ class Kind(ABC):
         unseen: what becomes of a replaced expert that saw no token, to finish the sentence "they ...".
         renumbers: the kept experts move up and their router rows with them; such a kind takes the same number of
             experts from every layer, and from every group of a group-limited router, and shares a layer with no other.
+        whole_numbers: of the form with numbers, that they are whole ones.
         form: what a plan lists under the kind: ids, groups of ids, or a number for each id.
         losers: any expert that a score ranks low can become this; else the kind asks for more than a list of ids.
     """
@@ -47,6 +48,7 @@ class Kind(ABC):
     renumbers: bool = False
     losers: bool = True
     form: Literal["ids", "groups", "numbers"] = "ids"
+    whole_numbers: bool = True
 
     @abstractmethod
     def stored_bytes(self, layer: LayerFacts, entry: Entry) -> int:
@@ -59,6 +61,19 @@ class Kind(ABC):
     def added_bytes(self, layer: LayerFacts, entry: Entry) -> int:
         """Return by how much a layer grows with this entry; negative where it shrinks."""
         return self.stored_bytes(layer, entry) - self.freed_bytes(layer, entry)
+
+    def beside_bytes(self, facts: ModelFacts, entries: Mapping[str, Entry]) -> int:
+        """Return the bytes that the entries of a plan add together, beside what each adds by itself."""
+        return 0
+
+    @property
+    def overlays(self) -> bool:
+        """Whether entries of this kind may name experts that other kinds replace."""
+        return self.name in OVERLAYS
+
+    def refuses_beside(self, other: Kind) -> str | None:
+        """Return why a kind that overlays cannot share a layer with another, or None."""
+        return None
 
     def refuses(self, layer: LayerFacts) -> str | None:
         """Return why this kind cannot be used in a layer at all, or None."""
@@ -164,11 +179,16 @@ def check_plan(plan: Plan, facts: ModelFacts | None = None) -> None:
                     f"{other} keeps the original ids; use one of them"
                 )
             entries.setdefault(name, {})[key] = chosen
+            for other in kinds if get_kind(name).overlays else ():
+                kind = get_kind(name).having(plan.how.get(name, {}))
+                if other != name and (reason := kind.refuses_beside(get_kind(other))):
+                    raise PlanError(f"layer {key}: {name} cannot share a layer with {other}: {reason}")
     for name, by_layer in entries.items():
+        kind = get_kind(name).having(plan.how.get(name, {}))
         for key in by_layer:
-            if reason := get_kind(name).refuses(layers[key]):
+            if reason := kind.refuses(layers[key]):
                 raise PlanError(f"layer {key}: {name} is not possible: {reason}; use --kind constant")
-        get_kind(name).check(layers, {key: by_layer.get(key, ()) for key in layers})
+        kind.check(layers, {key: by_layer.get(key, ()) for key in layers})
     for key in plan.layers:
         found = stand_ins_of(plan, key, layers[key])
         if found and (why := impossible(found, layers[key].experts)):
@@ -187,7 +207,12 @@ def _check_form(key: str, kind: Kind, entry: Entry) -> None:
     found = "numbers" if isinstance(entry, dict) else "groups" if isinstance(entry[0], tuple) else "ids"
     if found != kind.form:
         like = {"ids": "expert ids, [3, 17]", "groups": "groups of ids, [[3, 17], [5, 9]]", "numbers": "{3: 512}"}
+        if not kind.whole_numbers:
+            like["numbers"] = "a number for each expert, {3: 0.08, rest: 0}"
         raise PlanError(f"layer {key}: {kind.name} takes {like[kind.form]}, not {like[found]}")
+    odd = [(i, n) for i, n in entry.items() if n % 1 or n < 0] if isinstance(entry, dict) else []
+    if kind.whole_numbers and odd:
+        raise PlanError(f"layer {key}: {kind.name}: expert {odd[0][0]}: must come with a whole number, not {odd[0][1]}")
 
 
 def expected_bytes(plan: Plan, facts: ModelFacts) -> int:
@@ -203,9 +228,12 @@ def added_bytes(
     `how` holds the settings of each kind.
     """
     kinds = {name: get_kind(name).having(how.get(name, {})) for by_kind in layers.values() for name in by_kind}
-    return sum(
-        kinds[name].added_bytes(facts.layers[key], e) for key, by_kind in layers.items() for name, e in by_kind.items()
-    )
+    entries: dict[str, dict[str, Entry]] = {}
+    for key, by_kind in layers.items():
+        for name, entry in by_kind.items():
+            entries.setdefault(name, {})[key] = entry
+    alone = sum(kinds[name].added_bytes(facts.layers[key], e) for name, of in entries.items() for key, e in of.items())
+    return alone + sum(kinds[name].beside_bytes(facts, of) for name, of in entries.items())
 
 
 def _carried(plan: Plan) -> dict[str, LayerFacts]:

@@ -218,7 +218,7 @@ class Slim(Kind):
 def _widths(entry: Entry) -> dict[int, int]:
     """Return an entry that is known to hold numbers as what it is; an untouched layer has an empty one."""
     assert isinstance(entry, dict) or not entry
-    return dict(entry) if isinstance(entry, dict) else {}
+    return {expert: int(width) for expert, width in entry.items()} if isinstance(entry, dict) else {}
 
 
 def _rest_bytes(layer: LayerFacts) -> int:

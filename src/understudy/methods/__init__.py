@@ -5,14 +5,26 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from understudy.entries import Entry
 from understudy.facts import LayerFacts
 from understudy.kinds import Kind
-from understudy.recipe import Scope, Selection
+from understudy.recipe import Scope, Search, Selection
 from understudy.registry import discover, lookup
+from understudy.resuming import Left
 from understudy.scores import Scores
 from understudy.stats import Stats
+
+if TYPE_CHECKING:  # searching needs torch, planning must not wait for it
+    from understudy.data import Blocks
+    from understudy.skeleton import Skeleton
+
+# settings that only the methods obey that name them
+OPTIONAL = (
+    *("bases", "rank", "grouping", "keep_experts", "layers", "weights", "beam"),
+    *("main_k", "vectors", "renormalise", "plain"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,21 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Task:
+    """What a method searches with: its problem, and the model and text to try it on.
+
+    `report` is told of progress, and `left` keeps what an interrupted search need not do again.
+    """
+
+    problem: Problem
+    source: Skeleton
+    blocks: Blocks
+    settings: Search
+    report: Callable[[str, int, int], None]
+    left: Left
+
+
+@dataclass(frozen=True)
 class Method:
     """A composition: which score ranks the experts and what the lowest become, or a choice of another form.
 
@@ -63,16 +90,21 @@ class Method:
         name: as plans and people spell it.
         paper: title and number.
         kind: what the experts become unless told otherwise.
-        scopes: over what experts may be ranked; by mass only where the score adds up over tokens and is never negative.
+        scopes: over what experts may be ranked, the default first; by mass only where the score adds up over tokens and
+            is never negative.
         score: name of the criterion; None where single experts are not ranked.
         kinds: what may be asked for with `--kind`.
         choose: called with the problem and a ratio, the share of the routed experts' bytes to remove as far as whole
             units allow; a larger ratio never needs more bytes. None: the experts that rank lowest become the kind.
         needs: fields of `ExpertStats` that `choose` reads.
+        options: those of `OPTIONAL` settings that `choose` obeys.
         most: the largest ratio that `choose` can meet.
+        search: how `search` finds its plan on the model; None: the numbers of experts that layers give up evolve.
         mass: the rule of `--scope mass`.
         sequential: the paper takes a layer's statistics from the compressed layers before it; calibration does so when
             it is told the method and the ratio (`compress` and `compare` do).
+        shrinks: it removes something, so that a ratio or a size says how much.
+        fades: in recovery the originals fade out instead of being gone from the start.
     """
 
     name: str
@@ -83,9 +115,18 @@ class Method:
     kinds: tuple[str, ...] = ("drop", "constant")
     choose: Callable[[Problem, float], Choice] | None = None
     needs: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
     most: Callable[[Problem], float] = lambda problem: 1.0
+    search: Callable[[Task], Choice] | None = None
     mass: Mass = Mass()
     sequential: bool = False
+    shrinks: bool = True
+    fades: bool = False
+
+
+def scope_of(method: Method, settings: Selection) -> Scope:
+    """Return over what experts are ranked: as asked for, or as the method does."""
+    return settings.scope or method.scopes[0]
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from understudy.entries import Entry, ids_of
+from understudy.kinds import all_kinds
 from understudy.plans import Plan
 from understudy.reports.markup import Html, folded, scrolling, table, tag
 from understudy.reports.words import few, number
@@ -67,7 +68,11 @@ def plan_map(plan: Plan, widths: Mapping[str, int | None]) -> Html:
         for kind, entry in plan.layers.get(key, {}).items():
             kinds[kind] = kinds.get(kind, 0) + len(ids_of(entry))
             colour = f"c{_colour(kind)}"
-            if isinstance(entry, dict):
+            if isinstance(entry, dict) and _for_all_tokens(kind):
+                for i, weight in entry.items():
+                    label = "answers every token" if weight else "removed"
+                    cells[f"{colour} o{1 if weight else _WIDTH_STEPS}", f"{kind}: {label}"].append((i, row))
+            elif isinstance(entry, dict):
                 full = widths.get(key) or max(entry.values()) or 1
                 for i, width in entry.items():
                     step = min(int(_WIDTH_STEPS * width / full), _WIDTH_STEPS - 1)
@@ -114,7 +119,7 @@ def layer_table(plan: Plan, counts: Mapping[str, np.ndarray] | None) -> Html:
     for key, experts in plan.model.experts.items():
         listed = plan.layers.get(key, {})
         row = [key, str(experts), str(len(plan.kept(key, experts)))]
-        row += [_entry(listed[kind]) if kind in listed else "0" for kind in kinds]
+        row += [_entry(kind, listed[kind]) if kind in listed else "0" for kind in kinds]
         if counts:
             c = counts[key]
             row += [str(int((c == 0).sum())), number(float(c.max() * len(c) / c.sum())) if c.sum() else "–"]
@@ -126,7 +131,14 @@ def layer_table(plan: Plan, counts: Mapping[str, np.ndarray] | None) -> Html:
     )
 
 
-def _entry(entry: Entry) -> str:
+def _for_all_tokens(kind: str) -> bool:
+    """Whether the numbers of a kind are constants that answers are multiplied by, not neurons."""
+    return kind in all_kinds() and not all_kinds()[kind].whole_numbers
+
+
+def _entry(kind: str, entry: Entry) -> str:
+    if isinstance(entry, dict) and _for_all_tokens(kind):
+        return f"{len(entry)} ({sum(1 for weight in entry.values() if weight)} answer every token)"
     if isinstance(entry, dict):
         return f"{len(entry)} (to {number(sum(entry.values()) / len(entry))} neurons on average)"
     if entry and isinstance(entry[0], tuple):
@@ -139,7 +151,9 @@ def _legend(plan: Plan) -> list[Html]:
     for entries in plan.layers.values():
         for kind, entry in entries.items():
             colour = f"c{_colour(kind)}"
-            if isinstance(entry, dict):
+            if isinstance(entry, dict) and _for_all_tokens(kind):
+                found[kind] = _sample(f"{colour} o1", f"{kind}: pale where an expert answers every token, else removed")
+            elif isinstance(entry, dict):
                 found[kind] = _sample(f"{colour} o3", f"{kind}: the stronger, the fewer neurons are left")
             elif entry and isinstance(entry[0], tuple):
                 found[kind] = _sample(colour, f"{kind}: a group in one shade; a dot marks the one that it goes by")

@@ -19,13 +19,13 @@ from understudy.checkpoint import Checkpoint, resolve
 from understudy.entries import ids_of
 from understudy.errors import NumericError, OutputError, PlanError, StatsError, UnderstudyError, reason
 from understudy.facts import ModelFacts, parse_bytes
-from understudy.held import held
+from understudy.held import free_target, held
 from understudy.kinds import check_plan, expected_bytes, get_kind
 from understudy.layout import expert_tensors, model_facts, vllm_refuses
 from understudy.plans import Plan, load_plan
-from understudy.shards import MAX_SHARD, write_folder
+from understudy.shards import MAX_SHARD, write_folder, write_rest
 from understudy.skeleton import Skeleton
-from understudy.standins import declared, declared_absent, known_to_engines
+from understudy.standins import declared, declared_absent, declared_modulated, declared_unrouted, known_to_engines
 from understudy.stats import Stats, file_hash, load_stats, require
 from understudy.verify import verify_folder
 from understudy.virtual import outcome
@@ -37,7 +37,8 @@ Progress = Callable[[str, int, int], None]
 class Applied:
     """What `apply` wrote: the folder, bytes of its tensors, bytes of the source's, and how it loads.
 
-    `at_full_size`: stand-ins were written out as full experts, so that nothing is saved.
+    `at_full_size`: stand-ins were written out as full experts, so that nothing is saved. `notes`: what people should
+    know of the form in which it is written.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class Applied:
     source_nbytes: int
     loads: str
     at_full_size: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def apply(
@@ -100,29 +102,13 @@ def apply(
     with _staging(target) as staging:
         write_folder(staging, source.checkpoint, cut.pieces, max_shard=limit, progress=partial(report, "write"))
         cut.workshop.release()
-        _write_rest(staging, Checkpoint(folder), cut.config)
+        write_rest(staging, Checkpoint(folder), cut.config)
         _write_artefacts(staging, decided, plan_file, stats, artefacts or {})
         for name, path in (extra_files or {}).items():
             shutil.copyfile(path, staging / name)
         verify_folder(source, staging, decided, cut.pieces, known, trust_remote_code, partial(report, "verify"))
-    loads = _loads(source, decided, cut.config)
-    return Applied(target, written, source.checkpoint.nbytes, loads, cut.at_full_size)
-
-
-def free_target(out: str | os.PathLike[str]) -> Path:
-    """Make sure that a model folder can be put there, an empty folder may be, and return where it really is.
-
-    Raises:
-        OutputError: something is there already.
-    """
-    target = Path(out)
-    if target.is_symlink() or target.name in ("", ".."):
-        target = target.resolve()  # what is renamed in the end must lie on the same disk
-    if os.path.ismount(target):
-        raise OutputError(f"{target} is a mount point, which cannot be replaced; choose a new folder inside it")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise OutputError(f"{target} exists already{' and is not empty' * target.is_dir()}; choose another --out")
-    return target
+    loads = cut.readers or _loads(source, decided, cut.config)
+    return Applied(target, written, source.checkpoint.nbytes, loads, cut.at_full_size, cut.notes)
 
 
 @contextmanager
@@ -146,7 +132,8 @@ def _staging(target: Path) -> Iterator[Path]:
 def _loads(source: Skeleton, plan: Plan, config: dict[str, Any]) -> str:
     if "compression_config" not in config:
         return "stock transformers and vLLM"
-    if declared_absent(config) or any(not known_to_engines(found) for found in (declared(config) or {}).values()):
+    whole_layers = declared_absent(config) or declared_unrouted(config) or declared_modulated(config)
+    if whole_layers or any(not known_to_engines(found) for found in (declared(config) or {}).values()):
         return "transformers after `import understudy`"
     changed = [layer for layer in source.layers if plan.layers.get(layer.key)]
     if any(vllm_refuses(layer, expert_tensors(source, layer)) for layer in changed):
@@ -187,14 +174,6 @@ def _check_parent(plan: Plan, stats: Any) -> None:
             f"the plan was made from statistics {plan.stats}, {os.fspath(stats)} is {given}; give those, or remove the "
             "line `stats:` from the plan to use others"
         )
-
-
-def _write_rest(staging: Path, source: Checkpoint, config: dict[str, Any]) -> None:
-    (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in source.other_files:
-        copy = staging / path.relative_to(source.folder)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
 
 
 def _write_artefacts(

@@ -18,10 +18,9 @@ from understudy._version import __version__
 from understudy.card import Card, commands, read_card
 from understudy.checkpoint import resolve
 from understudy.data import token_blocks
-from understudy.entries import ids_of
 from understudy.errors import OutputError, StatsError, UnderstudyError, reason
 from understudy.facts import ModelFacts, format_bytes, parse_bytes
-from understudy.held import held, work_folder
+from understudy.held import free_target, held, work_folder
 from understudy.kinds import get_kind
 from understudy.methods import get_method
 from understudy.processes import join_processes
@@ -30,7 +29,7 @@ from understudy.recipe import Calibration, Selection, settings_from
 from understudy.rehearsal import made_up
 from understudy.runtime import pick_device
 from understudy.sequential import as_planned, with_needs
-from understudy.stages.apply import apply, free_target
+from understudy.stages.apply import apply
 from understudy.stages.calibrate import calibrate
 from understudy.stages.inspect import Inspection, inspect
 from understudy.stages.select import PlanResult, check_settings, make_plan
@@ -51,20 +50,21 @@ class Compressed:
     nbytes: int
     source_nbytes: int
     loads: str
+    notes: tuple[str, ...] = ()  # on the form of what was written
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as `--json` prints it."""
-        layers = self.plan.plan.layers
+        plan = self.plan.plan
         return {
             "out": str(self.folder),
             "method": self.plan.plan.method,
             "experts": self.plan.facts.experts,
-            "replaced": sum(len(ids_of(entry)) for kinds in layers.values() for entry in kinds.values()),
+            "replaced": sum(len(plan.replaced(key)) for key in plan.layers),
             "bytes": self.nbytes,
             "load_bytes": self.plan.load_bytes,
             "source_bytes": self.source_nbytes,
             "loads": self.loads,
-            "notes": list(self.plan.notes),
+            "notes": [*self.plan.notes, *self.notes],
         }
 
 
@@ -135,7 +135,7 @@ def compress(
             progress=report,
         )
         shutil.rmtree(work, ignore_errors=True)
-    return Compressed(applied.folder, planned, applied.nbytes, applied.source_nbytes, applied.loads)
+    return Compressed(applied.folder, planned, applied.nbytes, applied.source_nbytes, applied.loads, applied.notes)
 
 
 def _work_name(target: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from understudy.entries import OVERLAYS, ids_of
 from understudy.errors import PlanError
 from understudy.facts import ModelFacts
 from understudy.kinds import check_plan, expected_bytes
@@ -27,10 +28,10 @@ def show(plan: Plan | str | os.PathLike[str]) -> dict[str, Any]:
         layers[key] = {
             "experts": experts,
             "kept": len(plan.kept(key, experts)),
-            "replaced": {kind: {"count": len(ids), "ids": list(ids)} for kind, ids in kinds.items()},
+            "replaced": {kind: {"count": len(ids_of(ids)), "ids": list(ids)} for kind, ids in kinds.items()},
         }
         for kind, ids in kinds.items():
-            totals[kind] = totals.get(kind, 0) + len(ids)
+            totals[kind] = totals.get(kind, 0) + len(ids_of(ids))
     experts = sum(plan.model.experts.values())
     return {
         "method": plan.method,
@@ -39,7 +40,7 @@ def show(plan: Plan | str | os.PathLike[str]) -> dict[str, Any]:
         "recipe": plan.recipe,
         "experts": experts,
         "replaced": totals,
-        "ratio": sum(totals.values()) / experts if experts else 0.0,
+        "ratio": sum(n for kind, n in totals.items() if kind not in OVERLAYS) / experts if experts else 0.0,
         "layers": layers,
     }
 

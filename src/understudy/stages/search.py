@@ -1,32 +1,29 @@
-"""Search: how many experts each layer gives up, by what the whole model makes of text; statistics in, plan out."""
+"""Search: a plan by what the whole model makes of text; statistics in, plan out."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from understudy._version import __version__
 from understudy.activations import ActivationStore
 from understudy.checkpoint import resolve
 from understudy.data import Blocks, token_blocks
-from understudy.errors import OutputError, PlanError, reason
+from understudy.errors import OutputError, PlanError
 from understudy.evolution import Counts, Evolution, evolve
-from understudy.facts import ModelFacts, parse_bytes
+from understudy.facts import LayerFacts, ModelFacts, parse_bytes
 from understudy.kinds import check_plan, expected_bytes, get_kind
-from understudy.methods import Problem, get_method
+from understudy.methods import Problem, Task, get_method
 from understudy.plans import Plan, PlanModel
 from understudy.protection import layers_named
 from understudy.quality import overlap
 from understudy.ranking import order_in
 from understudy.recipe import Search, Selection, settings_from
+from understudy.resuming import Left
 from understudy.scores import get_score, score_layers
 from understudy.skeleton import Skeleton
 from understudy.stats import Stats, file_hash, load_stats, require
@@ -36,18 +33,24 @@ from understudy.walk import Walk
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
+_SIZES = ("ratio", "size", "model_ratio", "layers")
+_WAYS = ("generations", "population", "criterion", "dense_tokens")  # settings that some searches use
 
 
 @dataclass(frozen=True)
 class Searched:
-    """The plan that a search ended with, its fitness and that of equal shares, both 0 to 1, and its bytes."""
+    """The plan that a search ended with, its bytes, and what to tell of it.
+
+    Where the numbers of experts evolved, with its fitness and that of equal shares, both 0 to 1, and plans tried.
+    """
 
     plan: Plan
     facts: ModelFacts
-    fitness: float
-    start_fitness: float
     expected_bytes: int
-    evaluations: int
+    notes: tuple[str, ...]
+    fitness: float | None = None
+    start_fitness: float | None = None
+    evaluations: int | None = None
 
 
 def search(
@@ -60,14 +63,15 @@ def search(
     progress: Progress | None = None,
     **options: Any,
 ) -> Searched:
-    """Let the number of experts that each layer gives up evolve, and write the best plan to `out`.
+    """Find a plan by what the model makes of text, the way of its method, and write it to `out`.
 
-    The order inside a layer is the method's. The fitness of a candidate is the mean over tokens of the probability that
-    the original and the compressed model share, sum_v min(p, q) (EvoESAP, arXiv 2603.06003). Finished evaluations are
-    kept in a file beside `out` until the end, so that an interrupted search goes on where it stopped.
+    Most methods rank experts; then the number that each layer gives up evolves. The order inside a layer is the
+    method's, and the fitness of a candidate the mean over tokens of the probability that the original and the
+    compressed model share, sum_v min(p, q) (EvoESAP, arXiv 2603.06003). Finished evaluations are kept in a file beside
+    `out` until the end, so that an interrupted search goes on where it stopped. CD-MoE searches as its paper does.
 
     Raises:
-        UnderstudyError: a method that does not rank single experts, a kind that needs equal layers, bad model or data.
+        UnderstudyError: a method that cannot be searched, a kind that needs equal layers, bad model, data or settings.
     """
     mine = {name: value for name, value in options.items() if name in Selection.model_fields}
     theirs = {name: value for name, value in options.items() if name not in mine or name in Search.model_fields}
@@ -76,19 +80,119 @@ def search(
     target = Path(out)
     if target.exists():
         raise OutputError(f"{target} exists already; choose another --out or remove it")
-    known = load_stats(stats)
-    start = _Start.of(known, selection, file_hash(stats))
-    race = _Race(model, known, start, settings)
-    state = target.with_name(f".{target.name}.search.json")
+    known, parent = load_stats(stats), file_hash(stats)
     report = progress or (lambda what, done, total: None)
-    with race.remembering(state):
-        evolution = Evolution(settings.generations, settings.population, seed=settings.seed)
-        best = evolve(start.counts, start.most, race.fitness, evolution, partial(_done, report, settings.generations))
+    if get_method(selection.method).search is None:
+        return _evolved(model, known, parent, selection, settings, target, report)
+    return _by_method(model, known, parent, selection, settings, target, report)
+
+
+def _evolved(
+    model: str | os.PathLike[str],
+    known: Stats,
+    parent: str,
+    selection: Selection,
+    settings: Search,
+    target: Path,
+    report: Progress,
+) -> Searched:
+    """Let the number of experts that each layer gives up evolve."""
+    start = _Start.of(known, selection, settings, parent)
+    source, blocks = _opened(model, settings)
+    left = _left(target, known, parent, blocks, selection, settings)
+    race = _Race(source, blocks, known, start, settings, left)
+    evolution = Evolution(settings.generations, settings.population, seed=settings.seed)
+    best = evolve(start.counts, start.most, race.fitness, evolution, partial(_done, report, settings.generations))
     plan = start.plan(best)
     plan.save(target)
-    state.unlink(missing_ok=True)
-    found = race.known
-    return Searched(plan, known.model, found[best], found[start.counts], expected_bytes(plan, known.model), len(found))
+    left.end()
+    fitness, before, tried = race.known[best], race.known[start.counts], len(race.known)
+    note = f"shares {fitness:.4f} of probability with the original, equal layers {before:.4f} ({tried} plans tried)"
+    return Searched(plan, known.model, expected_bytes(plan, known.model), (note,), fitness, before, tried)
+
+
+def _by_method(
+    model: str | os.PathLike[str],
+    known: Stats,
+    parent: str,
+    selection: Selection,
+    settings: Search,
+    target: Path,
+    report: Progress,
+) -> Searched:
+    """Let the method search."""
+    method = get_method(selection.method)
+    kind = get_kind(selection.kind or method.kind)
+    assert method.search is not None
+    if kind.name not in method.kinds:
+        raise PlanError(f"{method.name} cannot make {kind.name}; use --kind {' or '.join(method.kinds)}")
+    _refuse_idle(selection, settings, {*_SIZES, *method.options}, {"criterion", "dense_tokens"})
+    sizes = [name for name in _SIZES if name in method.options or name != "layers"]
+    if sum(getattr(selection, name) is not None for name in sizes) != 1:
+        *others, last = (f"--{name.replace('_', '-')}" for name in sizes)
+        raise PlanError(f"give one of {', '.join(others)} and {last}")
+    problem = Problem(known, _open_layers(known, selection), selection, kind, None)
+    if not problem.layers:
+        raise PlanError("there is no layer to search over: each is kept, or saw no token in calibration")
+    for key, layer in problem.layers.items():
+        if why := kind.refuses(layer):
+            raise PlanError(f"layer {key}: {kind.name} is not possible: {why}; name it in --keep-layers")
+    source, blocks = _opened(model, settings)
+    left = _left(target, known, parent, blocks, selection, settings)
+    choice = method.search(Task(problem, source, blocks, settings, report, left))
+    chosen_by = selection.model_dump(include={*_SIZES, *method.options, "keep_layers"}, exclude_none=True)
+    plan = Plan(
+        method=method.name,
+        model=PlanModel.of(known.model),
+        stats=parent,
+        recipe=chosen_by | {"kind": kind.name, "search": settings.criterion},
+        how=choice.how,
+        layers=choice.layers,
+    )
+    check_plan(plan, known.model)
+    plan.save(target)
+    left.end()
+    return Searched(plan, known.model, expected_bytes(plan, known.model), choice.notes)
+
+
+def _left(target: Path, known: Stats, parent: str, blocks: Blocks, selection: Selection, settings: Search) -> Left:
+    """Take up what an interrupted search of the same settings left; how long it was to go on does not matter."""
+    given = settings.model_dump(exclude={"generations", "activation_memory"}), selection.model_dump()
+    found = Left(
+        target.with_name(f".{target.name}.search.json"), [known.model.fingerprint, blocks.digest, parent, *given]
+    )
+    if found.values:
+        logger.info("going on with an interrupted search, %s", found.file)
+    return found
+
+
+def _opened(model: str | os.PathLike[str], settings: Search) -> tuple[Skeleton, Blocks]:
+    """Open the model, and draw the text."""
+    folder, trust = resolve(model), settings.trust_remote_code
+    source = Skeleton(folder, dtype=settings.dtype, device=settings.device, trust_remote_code=trust)
+    drawn = {"seq_len": settings.seq_len, "samples": settings.samples, "seed": settings.seed}
+    return source, token_blocks(settings.data, load_tokenizer(folder, trust), **drawn)
+
+
+def _open_layers(stats: Stats, selection: Selection) -> dict[str, LayerFacts]:
+    """Return the layers that may be touched: those that saw tokens and are not to be kept."""
+    layers = {key: layer for key, layer in stats.model.layers.items() if stats.layers[key].tokens > 0}
+    kept = layers_named(selection.keep_layers, list(stats.model.layers)) if selection.keep_layers else ()
+    return {key: layer for key, layer in layers.items() if key not in kept}
+
+
+def _refuse_idle(selection: Selection, settings: Search, heeded: set[str], used: set[str]) -> None:
+    """Refuse settings that change nothing: of the selection those not heeded, of the search those that others use."""
+    always = {"method", "kind", "keep_layers", "seed"}
+    idle: list[tuple[Selection | Search, str]] = [
+        (selection, name) for name in Selection.model_fields if name not in heeded | always
+    ]
+    idle += [(settings, name) for name in _WAYS if name not in used]
+    for given, name in idle:
+        if getattr(given, name) != type(given).model_fields[name].default:
+            raise PlanError(
+                f"--{name.replace('_', '-')} has no effect on a search with method {selection.method}; leave it out"
+            )
 
 
 def _done(report: Progress, total: int, number: int, best: Counts, fitness: float) -> None:
@@ -108,7 +212,7 @@ class _Start:
     most: Counts
 
     @classmethod
-    def of(cls, stats: Stats, selection: Selection, parent: str) -> _Start:
+    def of(cls, stats: Stats, selection: Selection, settings: Search, parent: str) -> _Start:
         method = get_method(selection.method)
         kind = get_kind(selection.kind or "constant")
         if method.score is None:
@@ -117,15 +221,10 @@ class _Start:
             raise PlanError(f"{kind.name} needs the same number in every layer; search with --kind constant")
         if selection.ratio is None or not 0 < selection.ratio < 1:
             raise PlanError("give the share of experts to replace with --ratio, more than 0 and less than 1")
-        for name in ("scope", "size", "keep_super", "width_classes"):
-            if getattr(selection, name) != Selection.model_fields[name].default:
-                raise PlanError(f"--{name.replace('_', '-')} has no effect on a search; leave it out")
+        _refuse_idle(selection, settings, {"ratio", "gate"}, {"generations", "population"})
         score = get_score(method.score)
         require(stats, score.needs, f"method {method.name}")
-        layers = {key: layer for key, layer in stats.model.layers.items() if stats.layers[key].tokens > 0}
-        if selection.keep_layers:
-            kept = layers_named(selection.keep_layers, list(stats.model.layers))
-            layers = {key: layer for key, layer in layers.items() if key not in kept}
+        layers = _open_layers(stats, selection)
         scores = score_layers(score, stats, selection)
         problem = Problem(stats, layers, selection, kind, scores)
         order = {key: order_in(problem, key, scores.layers[key]) for key in layers}
@@ -150,43 +249,20 @@ class _Start:
 class _Race:
     """Evaluates candidates against the original, and remembers what they reached."""
 
-    def __init__(self, model: str | os.PathLike[str], stats: Stats, start: _Start, settings: Search) -> None:
-        folder = resolve(model)
-        self.source = Skeleton(
-            folder, dtype=settings.dtype, device=settings.device, trust_remote_code=settings.trust_remote_code
-        )
-        self.stats, self.start, self.settings = stats, start, settings
-        self.blocks: Blocks = token_blocks(
-            settings.data,
-            load_tokenizer(folder, settings.trust_remote_code),
-            seq_len=settings.seq_len,
-            samples=settings.samples,
-            seed=settings.seed,
-        )
-        self.known: dict[Counts, float] = {}
+    def __init__(
+        self, source: Skeleton, blocks: Blocks, stats: Stats, start: _Start, settings: Search, left: Left
+    ) -> None:
+        self.source, self.blocks, self.stats, self.start, self.settings = source, blocks, stats, start, settings
+        self.left = left
+        self.known: dict[Counts, float] = {tuple(counts): value for counts, value in left.values.get("known", ())}
         self.original: Walk | None = None
-        self._file: Path | None = None
-
-    @contextmanager
-    def remembering(self, file: Path) -> Iterator[None]:
-        """Take up what an interrupted search of the same settings left, and leave the same."""
-        self._file = file
-        if file.exists():
-            try:
-                left = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                left = {}
-            if left.get("run") == self._identity():
-                self.known = {tuple(counts): value for counts, value in left["known"]}
-                logger.info("going on with %d evaluations of an interrupted search", len(self.known))
-        yield
 
     def fitness(self, counts: Counts) -> float:
         """Walk a candidate and compare it with the original."""
         if counts not in self.known:
             model = planned(self.source, self.start.plan(counts), self.stats)
             self.known[counts] = overlap(self._walked(model), self._reference())
-            self._save()
+            self.left.keep(known=[[list(counts), value] for counts, value in self.known.items()])
         return self.known[counts]
 
     def _reference(self) -> Walk:
@@ -200,20 +276,3 @@ class _Race:
         with walk.ready():
             walk.through_layers()
         return walk
-
-    def _identity(self) -> str:
-        settings = self.settings.model_dump(exclude={"generations", "activation_memory"})
-        selection = self.start.selection.model_dump()
-        parts = [__version__, self.stats.model.fingerprint, self.blocks.digest, self.start.parent, settings, selection]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-    def _save(self) -> None:
-        assert self._file is not None
-        partial_file = self._file.with_name(self._file.name + ".tmp")
-        known = [[list(counts), value] for counts, value in self.known.items()]
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            partial_file.write_text(json.dumps({"run": self._identity(), "known": known}), encoding="utf-8")
-            os.replace(partial_file, self._file)
-        except OSError as error:
-            raise OutputError(f"{self._file}: cannot be written ({reason(error)})") from None

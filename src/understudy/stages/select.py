@@ -6,10 +6,11 @@ import os
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from understudy.budgets import Target, target_of
 from understudy.errors import PlanError, StatsError
-from understudy.facts import LayerFacts, ModelFacts, format_bytes, parse_bytes
-from understudy.kinds import Kind, added_bytes, check_plan, expected_bytes, get_kind
-from understudy.methods import Choice, Method, Problem, get_method
+from understudy.facts import LayerFacts, ModelFacts
+from understudy.kinds import Kind, check_plan, expected_bytes, get_kind
+from understudy.methods import OPTIONAL, Choice, Method, Problem, get_method, scope_of
 from understudy.plans import Plan, PlanModel
 from understudy.protection import layers_named, refuse_touched, super_experts, super_note
 from understudy.ranking import choose_lowest, planning_needs
@@ -30,7 +31,7 @@ class PlanResult:
     expected_bytes: int
     notes: tuple[str, ...]
     scores: Scores | None  # None where a method does not rank single experts
-    ratio: float | None = None  # that was asked for, or that a method that chooses for itself met the size with
+    ratio: float | None = None  # that was asked for, or with which a method that chooses for itself met the size
 
     @property
     def load_bytes(self) -> int:
@@ -66,6 +67,7 @@ def make_plan(
     """
     parent = None
     method, kind, score = check_settings(settings)
+    settings = settings.model_copy(update={"kind": kind.name, "scope": scope_of(method, settings)})
     needs = planning_needs(method, settings)
     if not isinstance(stats, Stats):
         path, stats = stats, load_stats(stats, only={"tokens", "count", *needs})
@@ -86,7 +88,7 @@ def make_plan(
         method=method.name,
         model=PlanModel.of(facts),
         stats=parent,
-        recipe=settings.model_copy(update={"kind": kind.name}).model_dump(exclude={"method"}, exclude_none=True),
+        recipe=settings.model_dump(exclude={"method", *OPTIONAL} - set(method.options), exclude_none=True),
         how=choice.how,
         layers=choice.layers,
     )
@@ -98,35 +100,30 @@ def make_plan(
 
 
 def _chosen(method: Method, problem: Problem) -> Choice:
-    """Let a method choose at the ratio, or at the smallest ratio that meets the size."""
-    facts, settings = problem.stats.model, problem.settings
-    size = parse_bytes(settings.size) if settings.size is not None else None
-    if size is not None and facts.nbytes <= size:
-        note = f"nothing to replace: the model's {format_bytes(facts.nbytes)} are within {format_bytes(size)}"
-        return Choice({}, scores=problem.scores, notes=(note,))
+    """Let a method choose at the ratio, or at the smallest ratio that brings the whole model down to what is asked."""
+    target = target_of(problem.settings, problem.stats.model)
+    if target and target.met:
+        return Choice({}, scores=problem.scores, notes=(target.met,))
     if not problem.layers:
-        if size is not None:
-            raise PlanError(f"{settings.size} is out of reach: every MoE layer is to stay as it is")
+        if target:
+            raise PlanError(f"{target.said} is out of reach: every MoE layer is to stay as it is")
         return Choice({}, scores=problem.scores, notes=("every MoE layer stays as it is; nothing is replaced",))
     if method.choose is None:
         return choose_lowest(problem, method.mass)
-    return method.choose(problem, settings.ratio or 0.0) if size is None else _smallest(method, problem, size)
+    return _smallest(method, problem, target) if target else method.choose(problem, problem.settings.ratio or 0.0)
 
 
-def _smallest(method: Method, problem: Problem, size: int) -> Choice:
-    """Bisect for the smallest ratio that brings a model down to a size."""
+def _smallest(method: Method, problem: Problem, target: Target) -> Choice:
+    """Bisect for the smallest ratio that meets a target."""
     assert method.choose is not None
-    facts, low, high = problem.stats.model, 0.0, method.most(problem)
+    low, high = 0.0, method.most(problem)
     best = method.choose(problem, high)
-    if (least := facts.nbytes + added_bytes(best.layers, facts, best.how)) > size:
-        raise PlanError(
-            f"{format_bytes(size)} is out of reach: {method.name} brings {facts.source} from "
-            f"{format_bytes(facts.nbytes)} down to {format_bytes(least)} ({least} bytes) at best, at ratio {high:.6g}"
-        )
+    if (least := target.size(best.layers, best.how)) > target.most:
+        raise target.out_of_reach(method.name, least, high)
     while high - low > 1e-7:
         middle = (low + high) / 2
         choice = method.choose(problem, middle)
-        if facts.nbytes + added_bytes(choice.layers, facts, choice.how) <= size:
+        if target.size(choice.layers, choice.how) <= target.most:
             high, best = middle, choice
         else:
             low = middle
@@ -141,25 +138,46 @@ def check_settings(settings: Selection) -> tuple[Method, Kind, Score | None]:
     """
     method = get_method(settings.method)
     kind, score = get_kind(settings.kind or method.kind), get_score(method.score) if method.score else None
-    if (settings.ratio is None) == (settings.size is None):
-        raise PlanError("give one of --ratio and --size")
+    budgets = ["ratio", "size", "model_ratio", *(["layers"] if "layers" in method.options else [])]
+    given = [name for name in budgets if getattr(settings, name) is not None]
+    if given and not method.shrinks:
+        flag = given[0].replace("_", "-")
+        raise PlanError(f"--{flag} has no effect on method {method.name}, which removes nothing; leave it out")
+    if len(given) != 1 and method.shrinks:
+        *others, last = (f"--{name.replace('_', '-')}" for name in budgets)
+        raise PlanError(f"give one of {', '.join(others)} and {last}")
     if settings.ratio is not None and not 0 <= settings.ratio < 1:
         raise PlanError(f"ratio {settings.ratio:g} is not a share of the experts; give 0 or more and less than 1")
+    if settings.model_ratio is not None and not 0 <= settings.model_ratio < 1:
+        raise PlanError(
+            f"model ratio {settings.model_ratio:g} is not a share of the parameters; give 0 or more and less than 1"
+        )
     if kind.name not in method.kinds:
         raise PlanError(f"{method.name} cannot make {kind.name}; use --kind {' or '.join(method.kinds)}")
-    if settings.scope not in method.scopes:
-        raise PlanError(f"{method.name} does not select by {settings.scope}; use --scope {' or '.join(method.scopes)}")
-    if settings.scope != "layer" and kind.renumbers:
+    scope = scope_of(method, settings)
+    if scope not in method.scopes:
+        raise PlanError(f"{method.name} does not select by {scope}; use --scope {' or '.join(method.scopes)}")
+    if scope != "layer" and kind.renumbers:
         raise PlanError(
-            f"--scope {settings.scope} takes more experts from some layers than from others, and {kind.name} needs the "
+            f"--scope {scope} takes more experts from some layers than from others, and {kind.name} needs the "
             "same number in every layer for stock loaders; use --scope layer or --kind constant"
         )
-    # the seed is not checked: a sweep over seeds may hold methods that do not draw
+    _refuse_idle(settings, method, score)
+    return method, kind, score
+
+
+def _refuse_idle(settings: Selection, method: Method, score: Score | None) -> None:
+    """Refuse settings that change nothing; but a sweep over seeds may hold methods that do not draw."""
     if settings.gate != Selection.model_fields["gate"].default and "gate" not in (score.options if score else ()):
         raise PlanError(f"--gate {settings.gate} has no effect on method {method.name}; leave it out")
     if settings.width_classes and "slim" not in method.kinds:
         raise PlanError(f"--width-classes has no effect on method {method.name}; leave it out")
-    return method, kind, score
+    if settings.alpha is not None and scope_of(method, settings) != "mass":
+        how = "give --scope mass, too" if "mass" in method.scopes else "leave it out"
+        raise PlanError(f"--alpha has no effect where method {method.name} does not select by mass; {how}")
+    for name in OPTIONAL:
+        if getattr(settings, name) != Selection.model_fields[name].default and name not in method.options:
+            raise PlanError(f"--{name.replace('_', '-')} has no effect on method {method.name}; leave it out")
 
 
 def _of_weights(stats: Stats) -> Stats:

@@ -1,0 +1,264 @@
+"""LightMoE against the baselines of its paper, at equal steps and equal numbers of trained parameters.
+
+For each task, text to train on, held-out text and an lm-eval task:
+
+    python benchmarks/lightmoe.py MODEL --task NAME,TRAIN,TEST,LM_EVAL_TASK [--task ...] --include-path DIR --out DIR
+
+Rows: the original, LoRA on it (peft), LightMoE at several shares of the whole model's parameters, what its paper calls
+direct replacing (one base a layer, and none), and MC-SMoE with LoRA. The end ratio of LightMoE's annealing is chosen
+for each share on the held-out part of the training text, with the first seed; 0 is in the table beside it. What is done
+is kept in `DIR/runs.jsonl`, and a later call goes on from there; `--shard 0/2` does every second run only, for several
+processes on one folder. `--table` prints what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import understudy
+from understudy.recipe import Recovery
+from understudy.skeleton import Skeleton
+from understudy.tokens import load_tokenizer
+
+SHARES, ENDS, RANK, BASES = (0.3, 0.4, 0.5), (0.1, 0.2, 0.3), 4, 3
+SAMPLES = 1024  # blocks of 128 tokens: 2^17, as in the paper
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model is trained for, and measured on."""
+
+    name: str
+    train: str
+    test: str
+    lm_eval: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run; `share` of the whole model's parameters is gone, `end` is the end ratio."""
+
+    task: str
+    method: str
+    share: float
+    end: float
+    seed: int
+
+
+class Bench:
+    """The runs of one model."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.a, self.model = arguments, Path(arguments.model)
+        self.out = Path(arguments.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.tasks = {parts[0]: Task(*parts) for parts in (spec.split(",") for spec in arguments.task)}
+        self.records = self.out / "runs.jsonl"
+
+    def done(self) -> dict[Cell, dict[str, Any]]:
+        """What has been run."""
+        lines = self.records.read_text().splitlines() if self.records.exists() else []
+        found = [json.loads(line) for line in lines]
+        return {Cell(**entry["cell"]): entry for entry in found}
+
+    def cells(self) -> Iterator[Cell]:
+        """All runs, the ones that others depend on first."""
+        first = self.a.seeds[0]
+        passes = (
+            (SHARES[::2], ("lightmoe", "replace_shared", "mc_smoe")),  # what the paper claims most of
+            (SHARES[1::2], ("lightmoe", "replace_shared", "mc_smoe")),
+            (SHARES, ("replace_adapters",)),
+        )
+        for seed, number, task in itertools.product(self.a.seeds, range(len(passes)), self.tasks):
+            if number == 0:
+                if seed == first:
+                    yield Cell(task, "original", 0.0, 0.0, seed)
+                yield Cell(task, "lora", 0.0, 0.0, seed)
+            for share, method in itertools.product(*passes[number]):
+                ends: tuple[float, ...] = (0.0,)
+                if method == "lightmoe":
+                    ends = (*(ENDS if seed == first else (self.end(task, share),)), 0.0)
+                for end in ends:
+                    yield Cell(task, method, share, end, seed)
+
+    def end(self, task: str, share: float) -> float:
+        """The end ratio that was best on the held-out training text with the first seed; -1 where that is not known."""
+        seed, done = self.a.seeds[0], self.done()
+        tried = {end: done.get(Cell(task, "lightmoe", share, end, seed)) for end in ENDS}
+        if not all(tried.values()):
+            return -1.0
+        return min(ENDS, key=lambda end: tried[end]["held_out"]["loss"])  # type: ignore[index]  # all are there
+
+    def run(self) -> None:
+        """Do what is left of this shard."""
+        mine, of = (int(n) for n in self.a.shard.split("/"))
+        for number, cell in enumerate(self.cells()):
+            if number % of == mine and cell.end >= 0 and cell not in self.done():
+                record = {"cell": asdict(cell), **self._run(cell)}
+                with self.records.open("a") as f:
+                    f.write(json.dumps(record) + "\n")
+                print(cell, {k: v for k, v in record.items() if k != "cell"}, flush=True)
+
+    def _run(self, cell: Cell) -> dict[str, Any]:
+        task, work = self.tasks[cell.task], self.out / f"work-{os.getpid()}"
+        shutil.rmtree(work, ignore_errors=True)
+        if cell.method == "original":
+            return self._measured(self.model, task)
+        start = self.model if cell.method == "lora" else self._cut(cell, task, work)
+        common = {
+            "train": (task.train,), "steps": self.a.steps, "batch": 8, "seq_len": 128, "lr": self.a.lr, "warmup": 0.05,
+            "seed": cell.seed, "save_every": self.a.steps,
+        }  # fmt: skip
+        if cell.method in ("lora", "mc_smoe"):
+            held, trained = self._lora(start, Recovery(**common), work)
+        else:
+            ends = {"end_ratio": (cell.end,)} if cell.method == "lightmoe" else {}
+            teacher = self.model if cell.end else None
+            rank = {} if cell.method == "lightmoe" else {"rank": self._rank_of(cell.method)}
+            found = understudy.recover(start, work / "recovered", teacher=teacher, **common, **ends, **rank)
+            held, trained = found.runs[0]["held_out"], found.trained
+        return self._measured(work / "recovered", task) | {"held_out": held, "trained": trained}
+
+    def _cut(self, cell: Cell, task: Task, work: Path) -> Path:
+        stats = self.out / f"stats-{cell.task}.safetensors"
+        if not stats.exists():
+            mine = work / "stats.safetensors"
+            understudy.calibrate(self.model, mine, data=(task.train,), samples=SAMPLES, seq_len=128)
+            os.replace(mine, stats)
+        options: dict[str, Any] = {"seed": cell.seed}
+        if cell.method != "mc_smoe":
+            options["rank"] = self._rank_of(cell.method)
+        if cell.method == "lightmoe":
+            options["bases"] = BASES
+        plan = understudy.plan(stats, method=cell.method, model_ratio=cell.share, **options)
+        understudy.apply(self.model, plan.plan, work / "cut", stats=stats)
+        return work / "cut"
+
+    def _rank_of(self, method: str) -> int:
+        """The rank at which as many parameters are trained as LightMoE trains."""
+        experts, each, thin = self._sizes()
+        return {
+            "lightmoe": RANK,
+            "replace_shared": round((self._budget() - each * self._layers()) / (experts * thin)),
+            "replace_adapters": round(self._budget() / (experts * thin)),
+        }[method]
+
+    def _budget(self) -> int:
+        experts, each, thin = self._sizes()
+        return experts * thin * RANK + BASES * each * self._layers()
+
+    def _sizes(self) -> tuple[int, int, int]:
+        """Experts of the model, parameters of one, and parameters of its low-rank parts for each rank."""
+        source = Skeleton(self.model)
+        modules = [source.model.get_submodule(layer.name) for layer in source.layers]
+        up, down = modules[0].gate_up_proj, modules[0].down_proj
+        width, hidden = down.shape[2], down.shape[1]
+        return sum(m.down_proj.shape[0] for m in modules), up[0].numel() + down[0].numel(), 3 * (width + hidden)
+
+    def _layers(self) -> int:
+        return len(Skeleton(self.model).layers)
+
+    def _lora(self, folder: Path, settings: Recovery, work: Path) -> tuple[dict[str, float], int]:
+        """LoRA by peft on the experts of a model, in the same training loop, merged in the end."""
+        import peft
+
+        from understudy.training.lessons import lessons
+        from understudy.training.loop import train
+        from understudy.training.whole import load_whole
+
+        source = Skeleton(folder, dtype="float32", device="cpu")
+        model = load_whole(source)
+        names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        each = sum(sum(p.shape[1:]) * p.shape[0] for n, p in model.named_parameters() if n.endswith(tuple(names)))
+        rank = max(round(self._budget() / each), 1)
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=[], target_parameters=names)
+        adapted = peft.get_peft_model(model, config)
+        part, held = lessons(
+            settings.train, load_tokenizer(folder, False), seq_len=settings.seq_len, seed=settings.seed,
+            held_out=settings.held_out, limit=settings.steps * settings.batch,
+        )  # fmt: skip
+        run = train(adapted, settings, part, held, fade=None, folder=work / "lora")
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        adapted.merge_and_unload().save_pretrained(work / "recovered")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(self.model / name, work / "recovered" / name)
+        return run.held_out, trained
+
+    def _measured(self, folder: Path, task: Task) -> dict[str, Any]:
+        found = understudy.eval(
+            folder, data=(task.test,), samples=128, seq_len=128, tasks=(task.lm_eval,),
+            include_path=self.a.include_path, batch_size=16,
+        )  # fmt: skip
+        answers = found.tasks[task.lm_eval]
+        score = next(answers[name] for name in ("acc_norm", "acc") if name in answers)
+        return {"perplexity": found.perplexity["all"], "score": score, "params": found.params["total"]}
+
+    def table(self) -> str:
+        """Means over the seeds, and the standard deviation of the score."""
+        done = self.done()
+        lines = [
+            "| model | parameters | trained | " + " | ".join(f"{task} (ppl)" for task in self.tasks) + " | mean |",
+            "|---|---|---|" + "---|" * (len(self.tasks) + 1),
+        ]
+        rows = [("original", 0.0, False), ("lora", 0.0, False)]
+        for share in SHARES:
+            rows += [(method, share, False) for method in ("mc_smoe", "replace_adapters", "replace_shared")]
+            rows += [("lightmoe", share, True), ("lightmoe", share, False)]
+        for method, share, chosen in rows:
+            cells, scores, sizes, trained = [], [], [], []
+            for task in self.tasks:
+                end = self.end(task, share) if chosen else 0.0
+                mine = [done.get(Cell(task, method, share, end, seed)) for seed in self.a.seeds]
+                found = [entry for entry in mine if entry]
+                if not found:
+                    cells.append("-")
+                    continue
+                score = [entry["score"] for entry in found]
+                spread = f" +- {statistics.stdev(score):.3f}" if len(score) > 1 else ""
+                ppl = statistics.mean(entry["perplexity"] for entry in found)
+                fading = f", end {end:g}" if chosen else ""
+                cells.append(f"{statistics.mean(score):.3f}{spread} ({ppl:.2f}{fading})")
+                scores.append(statistics.mean(score))
+                sizes += [entry["params"] for entry in found]
+                trained += [entry["trained"] for entry in found if "trained" in entry]
+            label = f"{method} {share:.0%}" if share else method
+            label += {True: ", annealed", False: ", end ratio 0" if method == "lightmoe" else ""}[chosen]
+            mean = f"{statistics.mean(scores):.3f}" if len(scores) == len(self.tasks) else "-"
+            size = f"{statistics.mean(sizes) / 1e6:.2f}M" if sizes else "-"
+            learnt = f"{statistics.mean(trained) / 1e6:.2f}M" if trained else "-"
+            lines.append(f"| {label} | {size} | {learnt} | " + " | ".join(cells) + f" | {mean} |")
+        return "\n".join(lines)
+
+
+def main() -> None:
+    """Run or show."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--task", action="append", required=True)
+    parser.add_argument("--include-path")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--shard", default="0/1")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    bench = Bench(arguments)
+    if not arguments.table:
+        bench.run()
+    print(bench.table())
+
+
+if __name__ == "__main__":
+    main()

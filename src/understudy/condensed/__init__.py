@@ -1,0 +1,1 @@
+"""Condensed layers (CD-MoE, arXiv 2412.00069): choose experts and layers, search for them, run and cut them."""

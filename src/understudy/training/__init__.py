@@ -1,0 +1,1 @@
+"""Training: text to learn from, a teacher, what is trained, and the run itself, on transformers' Trainer."""
