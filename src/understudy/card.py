@@ -66,7 +66,7 @@ replaced by Understudy {__version__}. Nothing was trained; everything else is th
 | routed experts | {self.facts.experts} | {self.facts.experts - replaced} |
 
 Method: `{self.plan.method}` ({self.paper}).
-What the replaced experts became:
+What experts became:
 
 {chr(10).join(lines) or "nothing was replaced"}
 
