@@ -457,3 +457,11 @@ def test_without_lm_eval_the_extra_is_named(original: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(DependencyError, match=r"pip install understudy\[eval\]"):
         evaluate(original, tasks="arc_easy")
+
+
+def test_what_the_original_is_sure_of_is_a_number() -> None:
+    """A logit of -95 beside one of 0 has a probability that float32 holds; the model believes in it."""
+    sure, unsure = torch.tensor([[[0.0, -95.0, -math.inf]]]), torch.tensor([[[-3.0, 0.8, -math.inf]]])
+    p, q = sure.log_softmax(-1), unsure.log_softmax(-1)
+    exact = (p.double().exp() * (p.double() - q.double()))[..., :2].sum()
+    assert float(quality._divergence(p, q)) == pytest.approx(float(exact), rel=1e-6)

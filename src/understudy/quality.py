@@ -26,6 +26,7 @@ Progress = Callable[[str, int, int], None]
 
 ALL = "all"
 TOKENS, NLL, ORIGINAL_NLL, KL, AGREE = range(5)  # columns of the sums of a block
+_FAR = -80.0  # log p - log q: in float32 exp(88) is about the end
 _CHUNK_BYTES = 64 << 20  # of one model's logits
 _PIECE_BYTES = 1 << 20  # of these that are worked on at a time: what stays in the cache of a core
 
@@ -193,8 +194,9 @@ def _divergence(p_BCV: torch.Tensor, q_BCV: torch.Tensor) -> torch.Tensor:
     """
     difference = p_BCV - q_BCV
     terms = torch.expm1(-difference).add_(difference).mul_(p_BCV.exp())
-    # Some families mask parts of their vocabulary with -inf; there a term is what is left of it, q.
-    if bool((never := p_BCV == -math.inf).any()):
+    # Some families mask parts of their vocabulary with -inf; there a term is what is left of it, q, and so it is, to all
+    # digits, where p is next to nothing beside q and exp(-d) would overflow.
+    if bool((never := (p_BCV == -math.inf) | (difference < _FAR)).any()):
         terms = torch.where(never, q_BCV.exp(), terms)
     return terms.sum((1, 2))
 
