@@ -194,7 +194,7 @@ def _divergence(p_BCV: torch.Tensor, q_BCV: torch.Tensor) -> torch.Tensor:
     """
     difference = p_BCV - q_BCV
     terms = torch.expm1(-difference).add_(difference).mul_(p_BCV.exp())
-    # Some families mask parts of their vocabulary with -inf; there a term is what is left of it, q, and so it is, to all
+    # Some families mask parts of their vocabulary with -inf; there a term is what is left of it, q. So it is, to all
     # digits, where p is next to nothing beside q and exp(-d) would overflow.
     if bool((never := (p_BCV == -math.inf) | (difference < _FAR)).any()):
         terms = torch.where(never, q_BCV.exp(), terms)

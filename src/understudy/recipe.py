@@ -11,10 +11,11 @@ from understudy.errors import UnderstudyError
 
 Scope = Literal["layer", "model", "mass"]
 Extra = Literal["sets", "subsets", "dense", "candidates", "channels", "gradients"]
-_DATA = (
+_SPEC = (
     "text: a file, .jsonl[.xz|.gz|.zst][:field], folder or hf:name[config]:split:field, with =WEIGHT if wanted; "
-    "repeat it for several; default: the bundled text"
+    "repeat it for several"
 )
+_DATA = f"{_SPEC}; default: the bundled text"
 
 
 class _Settings(BaseModel):
@@ -145,7 +146,7 @@ class Evaluation(_Reading):
 class Recovery(_Settings):
     """Settings of `recover`."""
 
-    train: tuple[str, ...] = Field((), description=f"training {_DATA}")
+    train: tuple[str, ...] = Field((), description=f"training {_SPEC}")
     steps: int = Field(2000, gt=0, description="optimiser steps")
     lr: float = Field(1e-4, gt=0, description="learning rate at its highest")
     batch: int = Field(32, gt=0, description="sequences in a step, over all processes")
