@@ -27,6 +27,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import understudy
+from recover_step import lora_rank
 from understudy.recipe import Recovery
 from understudy.skeleton import Skeleton
 from understudy.tokens import load_tokenizer
@@ -180,8 +181,7 @@ class Bench:
         source = Skeleton(folder, dtype="float32", device="cpu")
         model = load_whole(source)
         names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-        each = sum(sum(p.shape[1:]) * p.shape[0] for n, p in model.named_parameters() if n.endswith(tuple(names)))
-        rank = max(round(self._budget() / each), 1)
+        rank = lora_rank(model, names, self._budget())
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=[], target_parameters=names)
         adapted = peft.get_peft_model(model, config)
         part, held = lessons(
