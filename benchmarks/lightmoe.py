@@ -7,8 +7,9 @@ For each task, text to train on, held-out text and an lm-eval task:
 Rows: the original, LoRA on it (peft), LightMoE at several shares of the whole model's parameters, what its paper calls
 direct replacing (one base a layer, and none), and MC-SMoE with LoRA. The end ratio of LightMoE's annealing is chosen
 for each share on the held-out part of the training text, with the first seed; 0 is in the table beside it. What is done
-is kept in `DIR/runs.jsonl`, and a later call goes on from there; `--shard 0/2` does every second run only, for several
-processes on one folder. `--table` prints what is there.
+is kept in `DIR/runs.jsonl`, and a later call goes on from there; several processes may work on one folder. The runs
+that the paper's claims rest on (LoRA and LightMoE at 30%, everything at 50%) come first.
+`--table` prints what is there.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import understudy
+from claims import claimed
 from recover_step import lora_rank
 from understudy.recipe import Recovery
 from understudy.skeleton import Skeleton
 from understudy.tokens import load_tokenizer
 
 SHARES, ENDS, RANK, BASES = (0.3, 0.4, 0.5), (0.1, 0.2, 0.3), 4, 3
+CHOOSE = -1.0  # an end ratio that is still to be chosen among ENDS
 SAMPLES = 1024  # blocks of 128 tokens: 2^17, as in the paper
 
 
@@ -75,41 +78,46 @@ class Bench:
 
     def cells(self) -> Iterator[Cell]:
         """All runs, the ones that others depend on first."""
-        first = self.a.seeds[0]
-        passes = (
-            (SHARES[::2], ("lightmoe", "replace_shared", "mc_smoe")),  # what the paper claims most of
-            (SHARES[1::2], ("lightmoe", "replace_shared", "mc_smoe")),
-            (SHARES, ("replace_adapters",)),
-        )
-        for seed, number, task in itertools.product(self.a.seeds, range(len(passes)), self.tasks):
-            if number == 0:
-                if seed == first:
-                    yield Cell(task, "original", 0.0, 0.0, seed)
-                yield Cell(task, "lora", 0.0, 0.0, seed)
-            for share, method in itertools.product(*passes[number]):
-                ends: tuple[float, ...] = (0.0,)
-                if method == "lightmoe":
-                    ends = (*(ENDS if seed == first else (self.end(task, share),)), 0.0)
-                for end in ends:
-                    yield Cell(task, method, share, end, seed)
+        first, later = self.a.seeds[0], self.a.seeds[1:]
+        for task in self.tasks:
+            yield Cell(task, "original", 0.0, 0.0, first)
+            yield Cell(task, "lora", 0.0, 0.0, first)
+            for share in (0.5, 0.3, 0.4):
+                yield Cell(task, "lightmoe", share, self.end(task, share), first)
+                yield Cell(task, "lightmoe", share, 0.0, first)
+                for method in ("replace_shared", "mc_smoe"):
+                    yield Cell(task, method, share, 0.0, first)
+        for seed, task in itertools.product(later, self.tasks):
+            yield Cell(task, "lora", 0.0, 0.0, seed)
+            for share in (0.5, 0.3, 0.4):
+                yield Cell(task, "lightmoe", share, self.end(task, share), seed)
+            yield Cell(task, "lightmoe", 0.5, 0.0, seed)
+            for method in ("replace_shared", "mc_smoe"):
+                yield Cell(task, method, 0.5, 0.0, seed)
+        for seed, task, share in itertools.product(later, self.tasks, (0.3, 0.4)):
+            for method in ("lightmoe", "replace_shared", "mc_smoe"):
+                yield Cell(task, method, share, 0.0, seed)
+        for seed, share, task in itertools.product(self.a.seeds, SHARES[::-1], self.tasks):
+            yield Cell(task, "replace_adapters", share, 0.0, seed)
 
     def end(self, task: str, share: float) -> float:
-        """The end ratio that was best on the held-out training text with the first seed; -1 where that is not known."""
-        seed, done = self.a.seeds[0], self.done()
-        tried = {end: done.get(Cell(task, "lightmoe", share, end, seed)) for end in ENDS}
-        if not all(tried.values()):
-            return -1.0
-        return min(ENDS, key=lambda end: tried[end]["held_out"]["loss"])  # type: ignore[index]  # all are there
+        """The end ratio that was best on held-out training text with the first seed; `CHOOSE` before that is known."""
+        mine = [cell for cell in self.done() if (cell.task, cell.share, cell.seed) == (task, share, self.a.seeds[0])]
+        return next((cell.end for cell in mine if cell.method == "lightmoe" and cell.end), CHOOSE)
 
     def run(self) -> None:
-        """Do what is left of this shard."""
-        mine, of = (int(n) for n in self.a.shard.split("/"))
-        for number, cell in enumerate(self.cells()):
-            if number % of == mine and cell.end >= 0 and cell not in self.done():
-                record = {"cell": asdict(cell), **self._run(cell)}
+        """Do what is left and what no other process does."""
+        for cell in self.cells():
+            name = f"{cell.task}-{cell.method}-{cell.share}-{'faded' if cell.end else 0}-{cell.seed}"
+            with claimed(self.out / "claims", name) as free:
+                known = Cell(**{**asdict(cell), "end": self.end(cell.task, cell.share)}) if cell.end else cell
+                if not free or known in self.done() or (known.end == CHOOSE and cell.seed != self.a.seeds[0]):
+                    continue
+                record = self._run(known)
+                record = {"cell": asdict(known) | {"end": record.pop("end", known.end)}, **record}
                 with self.records.open("a") as f:
                     f.write(json.dumps(record) + "\n")
-                print(cell, {k: v for k, v in record.items() if k != "cell"}, flush=True)
+                print(json.dumps(record), flush=True)
 
     def _run(self, cell: Cell) -> dict[str, Any]:
         task, work = self.tasks[cell.task], self.out / f"work-{os.getpid()}"
@@ -121,15 +129,22 @@ class Bench:
             "train": (task.train,), "steps": self.a.steps, "batch": 8, "seq_len": 128, "lr": self.a.lr, "warmup": 0.05,
             "seed": cell.seed, "save_every": self.a.steps,
         }  # fmt: skip
+        more: dict[str, Any] = {}
         if cell.method in ("lora", "mc_smoe"):
             held, trained = self._lora(start, Recovery(**common), work)
         else:
-            ends = {"end_ratio": (cell.end,)} if cell.method == "lightmoe" else {}
+            grid = ENDS if cell.end == CHOOSE else (cell.end,)
+            ends = {"end_ratio": grid} if cell.method == "lightmoe" else {}
             teacher = self.model if cell.end else None
             rank = {} if cell.method == "lightmoe" else {"rank": self._rank_of(cell.method)}
             found = understudy.recover(start, work / "recovered", teacher=teacher, **common, **ends, **rank)
-            held, trained = found.runs[0]["held_out"], found.trained
-        return self._measured(work / "recovered", task) | {"held_out": held, "trained": trained}
+            best = found.runs[found.chosen]
+            held, trained = best["held_out"], found.trained
+            more = {
+                "end": best["end_ratio"] or 0.0,
+                "grid": {str(run["end_ratio"]): run["held_out"]["loss"] for run in found.runs},
+            }
+        return self._measured(work / "recovered", task) | {"held_out": held, "trained": trained} | more
 
     def _cut(self, cell: Cell, task: Task, work: Path) -> Path:
         stats = self.out / f"stats-{cell.task}.safetensors"
@@ -251,7 +266,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--shard", default="0/1")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     bench = Bench(arguments)
