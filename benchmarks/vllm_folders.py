@@ -3,7 +3,8 @@
     python benchmarks/vllm_folders.py OUT [--model FOLDER --stats STATS]
 
 For OLMoE, Qwen3-MoE, Mixtral and GLM-4-MoE shapes, and for --model: constants with the same and with different numbers
-in each layer, and experts removed. Beside each folder lies NAME.npz: greedy tokens and log-probabilities in float32.
+in each layer, experts removed, and where the family knows dense layers, the first sparse one condensed into such.
+Beside each folder lies NAME.npz: greedy tokens and log-probabilities in float32.
 An engine agrees if its greedy tokens are equal and its log-probabilities are within 1e-4.
 """
 
@@ -20,6 +21,8 @@ from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, Olm
 
 import understudy
 from understudy.data import Blocks
+from understudy.dense import dense_layers
+from understudy.facts import DenseLayers
 from understudy.layout import model_facts
 from understudy.plans import Plan, PlanModel
 from understudy.recipe import Calibration
@@ -100,7 +103,10 @@ def write(out: Path, name: str, folder: Path, stats: Stats) -> None:
     if len({len(k["constant"]) for k in uneven.layers.values()}) == 1:  # make sure that it is
         uneven = shifted(stats, even)
     drop = understudy.plan(stats, method="reap", ratio=0.25).plan
-    for kind, plan in {"even": even, "quarter": quarter, "uneven": uneven, "drop": drop}.items():
+    plans = {"even": even, "quarter": quarter, "uneven": uneven, "drop": drop}
+    if isinstance(dense_layers(Skeleton(folder)), DenseLayers):
+        plans["condensed"] = condensed(stats)
+    for kind, plan in plans.items():
         target = out / f"{name}-{kind}"
         understudy.apply(folder, plan, target, stats=stats)
         reference(target, out / f"{name}-{kind}.npz")
@@ -113,6 +119,13 @@ def shifted(stats: Stats, plan: Plan) -> Plan:
     first = next(iter(layers))
     layers[first] = {"constant": layers[first]["constant"][1:]}
     return Plan(method="edited", model=PlanModel.of(stats.model), layers=layers)
+
+
+def condensed(stats: Stats) -> Plan:
+    """Two experts of the first sparse layer for all tokens; the others, and the router, go."""
+    first, layer = next(iter(stats.model.layers.items()))
+    weights = dict.fromkeys(range(layer.experts), 0.0) | {1: 0.4, 5: 0.25}
+    return Plan(method="edited", model=PlanModel.of(stats.model), layers={first: {"condense": weights}})
 
 
 def reference(folder: Path, out: Path) -> None:
