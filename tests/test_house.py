@@ -20,10 +20,10 @@ FLOORS = [
     "moe absent experts channels collection collectors backward removal loading skeleton "
     "stacking layout walk activations tap weights checkpoint shards cut data sources tokens "
     "processes runtime quality examples harness sizes speed card grouped adapters bases modulated training "
-    "full_size unrouted folding dense",
+    "full_size unrouted folding dense fitting",
     # what is known from the field, a file each
     "methods scores channel_scores kinds budgets grouping merging regrouping ranking protection selection sequential "
-    "verify recovery resuming condensed virtual evolution contest trial calibrations",
+    "verify slowly recovery resuming condensed virtual evolution contest trial calibrations",
     # what the commands do; they meet in files
     "stages",
     # roof: parse, call a stage, show

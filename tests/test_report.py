@@ -219,6 +219,43 @@ def test_report_of_figures_alone_and_without_an_original(place: Path, tmp_path: 
     assert "--against" in written.notes[0]
 
 
+def test_report_of_a_model_that_was_trained_twice(place: Path, small: Path, tmp_path: Path) -> None:
+    """Each training is told, with the commands from the original on; so does the card, which keeps what it said."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    how: dict[str, Any] = {"train": str(place / "notes.jsonl"), "steps": 3, "batch": 2, "seq_len": 16}
+    understudy.recover(small, first, teacher=place / "model", loss="lm+kd", **how)
+    understudy.recover(first, second, **how | {"steps": 2})
+    _, page = page_of(second)
+    check_page(page)
+    assert "Training 1 of 2" in page.words and "Training 2 of 2" in page.words
+    record = json.loads((second / "understudy" / "recovery.json").read_text())
+    for facts in (*record["earlier"], record):
+        assert f"{words.parameters(facts['trained'])} parameters (stand-ins) were trained for" in page.words
+        assert all(words.number(value) in page.words for value in facts["runs"][0]["held_out"].values())
+    recipe, one, two = (page.words.index(f"understudy {x}") for x in ("compress", "recover small", "recover first"))
+    assert recipe < one < two
+    assert "--out small " in page.words[recipe:one] and f"--teacher {place / 'model'}" in page.words[one:two]
+    card = (second / "README.md").read_text()
+    assert card.count("## Recovery") == 2 and "Nothing was trained" not in card and "replaced by Understudy" in card
+    assert "# second\n" in card and 'from_pretrained("second")' in card
+    for text in ("{", "[]", json.dumps(record | {"chosen": 1}), json.dumps(record | {"runs": [{}]})):
+        (second / "understudy" / "recovery.json").write_text(text)
+        with pytest.raises(UnderstudyError, match=r"recovery.json: "):
+            understudy.report(second)
+
+
+def test_report_of_fewer_experts_for_a_token(place: Path, tmp_path: Path) -> None:
+    """Nothing is called replaced where every expert stays."""
+    data = str(place / "notes.jsonl")
+    understudy.compress(place / "model", tmp_path / "out", method="compressed_experts", main_k=1, data=data, **TEXT)
+    _, page = page_of(tmp_path / "out")
+    check_page(page)
+    experts = sum(layer.num_experts for layer in Skeleton(place / "model").layers)
+    assert f"All {experts} routed experts were kept." in page.words
+    assert f"nothing; {experts} kept" in page.words
+    assert "1 of the 2 experts that a token chooses run, and vectors of the others" in page.words
+
+
 def test_hostile_text_stays_text(small: Path) -> None:
     folder = small / "understudy"
     metrics = json.loads((folder / "metrics.json").read_text())

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from understudy._version import __version__
 from understudy.facts import ModelFacts, format_bytes
 from understudy.plans import Plan
-from understudy.recipe import Calibration, Selection
+from understudy.recipe import Calibration, Recovery, Selection
 
 _LICENCE = ("license", "license_name", "license_link")
 _CARRIED = (*_LICENCE, "language", "pipeline_tag")
@@ -165,21 +165,44 @@ def _is_hub_id(source: str) -> bool:
     return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
 
 
-def recovered_card(text: str, name: str, source: str, facts: dict[str, Any]) -> str:
-    """Return the card of a trained model: that of the model that it was made from, if any, and how it was trained."""
-    run, settings = facts["runs"][facts["chosen"]], facts["settings"]
+def recover_command(model: str, out: str, teacher: str | None, settings: Recovery) -> str:
+    """Return the command line that trains a model again."""
+    last = [*([("--teacher", teacher)] if teacher else []), *_flags(settings), ("--out", out)]
+    return " ".join(["understudy", *_words(["recover", model, *last])])
+
+
+def recovered_card(text: str, name: str, was: str, facts: dict[str, Any]) -> str:
+    """Return the card of a trained model: that of the model that it was made from, if any, and how it was trained.
+
+    Args:
+        text: the card of the model before, empty where it has none.
+        name: of the trained model.
+        was: name of the model before.
+        facts: of the training, as `recovery.json` holds them.
+    """
+    run, settings = facts["runs"][facts["chosen"]], Recovery.model_validate(facts["settings"])
     figures = ", ".join(f"{what} {value:.4f}" for what, value in run["held_out"].items())
     if not text:
-        text = f"# {name}\n\n{source}, trained further by Understudy {__version__}.\n"
-    text = text.replace("Nothing was trained; everything else is the source's, byte for byte.", "Then it was trained.")
+        text = f"# {name}\n\n{was}, trained further by Understudy {__version__}.\n"
+    text = re.sub(rf"^# {re.escape(was)}$", f"# {name}", text, flags=re.MULTILINE)
+    for before, after in (('from_pretrained("{}")', name), ("understudy eval {} ", name), ("vllm serve {}`", name)):
+        text = text.replace(before.format(was), before.format(after))
+    text = text.replace(
+        "Nothing was trained; everything else is the source's, byte for byte.", "Then it was trained, see Recovery."
+    )
     faded = f" The originals faded out over {run['end_ratio']:g} of the steps." if run["end_ratio"] else ""
     return f"""\
 {text.rstrip()}
 
 ## Recovery
 
-`understudy recover` trained {facts["trained"]} parameters (`{facts["train_what"]}`) for {settings["steps"]} steps of
-{settings["batch"]} sequences of up to {settings["seq_len"]} tokens, loss `{settings["loss"]}`, learning rate
-{settings["lr"]:g}, seed {settings["seed"]}.{faded}
-On held-out training text: {figures}. Every run and setting is in `understudy/recovery.json`.
+`understudy recover` trained {facts["trained"]:,} parameters of {was} (`{facts["train_what"]}`) for
+{settings.steps:,} steps of {settings.batch} sequences of up to {settings.seq_len} tokens.{faded}
+On held-out training text: {figures}. To train it again:
+
+```
+{recover_command(was, name, "SOURCE" if facts["teacher"] else None, settings)}
+```
+
+Every run and setting is in `understudy/recovery.json`.
 """

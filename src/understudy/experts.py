@@ -265,7 +265,7 @@ def install(experts: Any, stand_ins: Mapping[int, StandIn], num_experts: int) ->
         experts._parameters.update(narrow._parameters)
         experts.__dict__.update(sizes)
         experts.__class__ = type(narrow)  # which may be one for awkward widths
-    else:
+    elif len(kept) < num_experts:
         _keep_rows(experts, kept, num_experts)
     zeros = torch.zeros(len(constants), hidden, dtype=down.dtype, device=down.device)
     experts.register_parameter("constants", nn.Parameter(zeros, down.requires_grad) if constants else None)

@@ -41,9 +41,7 @@ class Modulation(nn.Module):
         super().__init__()
         self.num_experts, self.main_k, self.vectors, self.renormalise = num_experts, main_k, vectors, renormalise
         down = experts.down_proj
-        hidden = down.shape[2] if is_transposed(experts) else down.shape[1]
-        for role in (HIDDEN,) if vectors == 1 else roles(experts):
-            size = channel_width(experts) if role == "down" else hidden
+        for role, size in sizes_of(experts, vectors).items():
             zeros = torch.zeros(num_experts, size, dtype=down.dtype, device=down.device)
             self.register_parameter(role, nn.Parameter(zeros, requires_grad=down.requires_grad))
 
@@ -110,6 +108,15 @@ class Modulation(nn.Module):
         """
         free_Tk = index_Tk.masked_fill(key_E[index_Tk] >= 0, self.num_experts)
         return torch.cat([id_Tm, free_Tk], dim=1), torch.cat([main_Tm, gate_Tk], dim=1)
+
+
+def sizes_of(experts: Any, vectors: int) -> dict[str, int]:
+    """Return the vectors of an expert of a family's module, by what they rescale: how long each is."""
+    down = experts.down_proj
+    hidden = down.shape[2] if is_transposed(experts) else down.shape[1]
+    if vectors == 1:
+        return {HIDDEN: hidden}
+    return {role: channel_width(experts) if role == "down" else hidden for role in roles(experts)}
 
 
 def scaled(x_TH: Tensor, more_TH: Tensor) -> Tensor:

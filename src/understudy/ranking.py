@@ -14,6 +14,7 @@ from understudy.entries import Entry
 from understudy.errors import PlanError
 from understudy.facts import LayerFacts
 from understudy.kinds import Kind
+from understudy.kinds.modulate import FIT_NEEDS
 from understudy.methods import Choice, Mass, Method, Problem, scope_of
 from understudy.protection import SUPER_NEEDS
 from understudy.recipe import Selection
@@ -31,7 +32,7 @@ def planning_needs(method: Method, settings: Selection) -> set[str]:
     needs = {*method.needs, *(get_score(method.score).needs if method.score else ())}
     if scope_of(method, settings) == "mass" and _alpha(method.mass, settings):
         needs |= set(MASS_NEEDS)
-    return needs | set(SUPER_NEEDS if settings.keep_super else ())
+    return needs | set(SUPER_NEEDS if settings.keep_super else ()) | set(FIT_NEEDS if settings.fit else ())
 
 
 def choose_lowest(problem: Problem, mass: Mass) -> Choice:

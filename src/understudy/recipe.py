@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from understudy.errors import UnderstudyError
 
 Scope = Literal["layer", "model", "mass"]
-Extra = Literal["sets", "subsets", "dense", "candidates", "channels", "gradients"]
+Extra = Literal["sets", "subsets", "dense", "candidates", "channels", "gradients", "modulation"]
 _SPEC = (
     "text: a file, .jsonl[.xz|.gz|.zst][:field], folder or hf:name[config]:split:field, with =WEIGHT if wanted; "
     "repeat it for several"
@@ -50,11 +50,21 @@ class Calibration(_Reading):
 
     experts: str = Field("auto", description="transformers' experts implementation; auto = its own default")
     collect: tuple[Extra, ...] = Field(
-        (), description="sums that cost more: sets,subsets,dense,candidates,channels,gradients"
+        (),
+        description="sums that cost more, commas between them: sets, subsets, dense, candidates, channels, gradients, "
+        "modulation",
     )
     dense_tokens: int = Field(
         2048, gt=1, description="tokens sent through every expert, with --collect dense or candidates"
     )
+    main_k: int | None = Field(
+        None, gt=0, description="modulation: experts that run for a token; default: half of those it chooses"
+    )
+    vectors: int = Field(
+        1, description="modulation: vectors of an expert, 1 on the hidden state or 3 on its projections"
+    )
+    renormalise: bool = Field(False, description="modulation: scale the gates of those that run up to the sum of all")
+    fit_tokens: int = Field(8192, gt=1, description="modulation: tokens of each layer that vectors are fitted on")
     sequential: str | None = Field(
         None, description="method by which each layer is replaced before the next is calibrated: ream, camera"
     )
@@ -108,6 +118,9 @@ class Selection(_Settings):
     )
     renormalise: bool = Field(
         False, description="compressed_experts: scale the gates of those that run up to the sum of all"
+    )
+    fit: bool = Field(
+        False, description="compressed_experts: start from vectors fitted on the calibration text, not from ones"
     )
     plain: bool = Field(
         False, description="compressed_experts: no vectors, an ordinary checkpoint that asks for fewer experts"

@@ -119,10 +119,19 @@ def _write_artefacts(staging: Path, folder: Path, name: str, facts: Mapping[str,
     for path in sorted(theirs.iterdir()) if theirs.is_dir() else ():
         if path.is_file() and path.name not in _OF_BEFORE:
             shutil.copyfile(path, mine / path.name)
-    write_file(mine / FILE, json.dumps(facts, indent=2) + "\n")
-    card = staging / "README.md"
-    text = card.read_text(encoding="utf-8") if card.exists() else ""
-    write_file(card, recovered_card(text, name, folder.name, dict(facts)))
+    write_file(mine / FILE, json.dumps({**facts, "earlier": _earlier(theirs / FILE)}, indent=2) + "\n")
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
+    write_file(staging / "README.md", recovered_card(text, name, folder.name, dict(facts)))
+
+
+def _earlier(path: Path) -> list[dict[str, Any]]:
+    """Return how the model was trained before, the first time first; nothing where no record of it can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return [*found.pop("earlier", []), found]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []
 
 
 def write_file(path: Path, text: str) -> None:

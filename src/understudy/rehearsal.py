@@ -39,6 +39,13 @@ _SHAPES = {
     "subset_loss": "P",
     "attribution_sum": "E",
     "towards_sum": "E",
+    "modulation_sum": "EH",  # of one vector
+    "modulation_square": "",
+    "modulation_plain": "",
+    "modulation_fitted": "",
+    "modulation_main_k": "",
+    "modulation_vectors": "",
+    "modulation_renormalise": "",
 }
 SUBSETS_OF = 10  # experts at most, of which every subset is tried
 
@@ -51,14 +58,15 @@ def letters_of(name: str) -> str:
 def made_up(facts: ModelFacts, needs: Collection[str], weights_only: bool = False) -> Stats | None:
     """Return statistics of a model in which everything is 1, or None where the width of experts is needed and unknown.
 
-    They hold what all statistics hold, and `needs`; arrays have the right shape and take no memory.
+    They hold what all statistics hold, and `needs`; arrays have the right shape and take no memory. Their data say that
+    they are made up.
     """
     names = {*required_fields(), *needs}
     wide = any("I" in letters_of(name) for name in names)
     if wide and any(layer.width is None for layer in facts.layers.values()):
         return None
     layers = {key: _layer(layer, names) for key, layer in facts.layers.items()}
-    return Stats(facts, {"weights_only": weights_only}, layers)
+    return Stats(facts, {"weights_only": weights_only, "made_up": True}, layers)
 
 
 def _layer(layer: LayerFacts, names: Collection[str]) -> ExpertStats:

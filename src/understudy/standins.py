@@ -15,11 +15,11 @@ carries an architecture that no engine knows, so that what goes by the architect
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from understudy.errors import CheckpointError
+from understudy.errors import CheckpointError, PlanError
 
 CONSTANT, MERGED, SLIM, ABSENT = "constant-v1", "merged-v1", "slim-v1", "absent-v1"
 SHARED = "shared-v1"
@@ -170,6 +170,23 @@ class Modulated:
     vectors: int
     renormalise: bool
     layers: Mapping[str, str]
+
+
+def main_k_of(wanted: int | None, top_ks: Iterable[int]) -> int:
+    """Return how many experts run for a token: as wanted, or half of what it chooses in the layer where that is least.
+
+    `top_ks` is what it chooses in each layer; those where that is one expert do not count.
+
+    Raises:
+        PlanError: not fewer are wanted.
+    """
+    fewest = min(top_k for top_k in top_ks if top_k > 1)
+    main_k = wanted or fewest // 2
+    if main_k >= fewest:
+        raise PlanError(
+            f"--main-k {main_k} is not fewer than the {fewest} experts that a token chooses; give 1 to {fewest - 1}"
+        )
+    return main_k
 
 
 def declare_modulated(config: dict[str, Any], modulated: Modulated) -> None:

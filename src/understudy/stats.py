@@ -24,7 +24,7 @@ from understudy.sums import exact_in, group_of, is_vector, required_fields
 
 FORMAT = 1
 # groups of sums that cost time or room and are asked for
-EXTRA = ("sets", "subsets", "dense", "candidates", "channels", "gradients")
+EXTRA = ("sets", "subsets", "dense", "candidates", "channels", "gradients", "modulation")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 Letters: E experts, H hidden size, I expert width, K top-k, S distinct sets; g the gate (the weight that the router
 gives a route at the seam, renormalised where the family does so), y the output of an expert before its gate, h its
 activations (what enters `down_proj`), d the gradient of the loss with respect to h, r the router's logits, N tokens,
-`FEW` at most.
+`FEW` at most; for Compressed Experts a the share of an expert in the gates of a token's auxiliary experts, V numbers of
+an expert's vectors (H, or what enters gate, up and down together).
 
 Groups other than the first are there when they were collected and the family allows it; else their fields are None.
 """
@@ -16,8 +17,15 @@ from typing import Any
 
 import numpy as np
 
+from understudy.errors import StatsError
+
 FEW = 64  # tokens of which every expert's activations are kept
-_VECTORS = ("mean", "weighted_mean", "dense_sum")  # as long as experts times the hidden size: stored in float32
+_VECTORS = (
+    "mean",
+    "weighted_mean",
+    "dense_sum",
+    "modulation_sum",
+)  # as long as experts times the hidden size: stored in float32
 _SERIES = ("dense_activations",)  # longer still, some 2% of the weights: float32 in memory too
 
 
@@ -90,10 +98,23 @@ class ExpertStats:
     gradient_sq_sum: Any = optional("gradients")  # [E, I] sum d^2
     effect_sq_sum: Any = optional("gradients")  # [E, I] sum (h d)^2
 
+    # vectors minus one that were fitted to each part of the sample, times sum a there: merged they are averages
+    modulation_sum: Any = optional("modulation")  # [E, V]
+    modulation_weight: Any = optional("modulation")  # [E] sum a over the tokens of the fit
+    modulation_square: Any = optional("modulation")  # [] sum over tokens held out of |r|^2, r of all routed experts
+    modulation_plain: Any = optional("modulation")  # [] sum over those of |r - r'|^2, r' with vectors of ones
+    modulation_fitted: Any = optional("modulation")  # [] the same with the vectors
+    modulation_main_k: Any = optional("modulation", "equal")  # [] for how many experts that run
+    modulation_vectors: Any = optional("modulation", "equal")  # [] 1 or 3
+    modulation_renormalise: Any = optional("modulation", "equal")  # [] 1: gates were scaled up, 0: they were not
+
     def __add__(self, other: ExpertStats) -> ExpertStats:
         """Merge two disjoint samples; the second moments by Chan's pairwise rule (Chan, Golub, LeVeque 1983).
 
         What one of the two lacks, the result lacks.
+
+        Raises:
+            StatsError: their vectors were fitted for different settings.
         """
         merged = {f.name: _merge(f, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
         for mean, scatter, weight in (
@@ -142,6 +163,13 @@ def _merge(f: Any, a: Any, b: Any) -> Any:
     if a is None or b is None:
         return None
     if rule in ("same", "sets"):
+        return a
+    if rule == "equal":
+        if a != b:
+            what = f.name.removeprefix(f"{f.metadata['group']}_").replace("_", "-")
+            raise StatsError(
+                f"vectors fitted with --{what} {a:g} and {b:g} cannot be merged; calibrate with one of them"
+            )
         return a
     if rule == "first":
         return a if a.shape[-1] >= FEW else np.concatenate((a, b[..., : FEW - a.shape[-1]]), axis=-1)

@@ -16,13 +16,15 @@ from understudy.entries import ids_of
 from understudy.errors import CheckpointError, NumericError
 from understudy.kinds import get_kind, stand_ins_of
 from understudy.kinds.condense import slow_answer, staying
-from understudy.kinds.modulate import modulate_of, slow_split
+from understudy.kinds.modulate import modulate_of
 from understudy.layout import model_facts
+from understudy.modulated import HIDDEN, sizes_of
 from understudy.moe import MoELayer
 from understudy.plans import Plan
 from understudy.removal import removed_layers
 from understudy.shards import CHUNK, Lazy, Part, Piece, size_of
 from understudy.skeleton import ROOT, Skeleton
+from understudy.slowly import slow_answers, slow_means, slow_split
 from understudy.stats import Probe, Stats
 from understudy.weights import TensorEntry, Weights
 
@@ -143,15 +145,24 @@ def _planned(
     index, _ = _routes(layer, plan, probe)
     tokens, k = index.shape
     modulate = modulate_of(plan, layer.key)
-    if modulate is not None and not modulate.plain:  # vectors that were just made change nothing
+    known = stats.layers[layer.key] if stats else None
+    means: dict[str, torch.Tensor] = {}  # by which fitted vectors rescale what main experts are given
+    if modulate is not None and not modulate.plain:
         facts = model_facts(source, source.checkpoint.folder.name).layers[layer.key]
-        weights, _ = slow_split(stand_ins_of(plan, layer.key, facts), modulate, index, weights.to(source.dtype).float())
+        before = weights.to(source.dtype).float()
+        weights, shares = slow_split(stand_ins_of(plan, layer.key, facts), modulate, index, before)
+        if modulate.fit:
+            means = slow_means(modulate.fitted(layer.key, known, sizes_of(experts, modulate.vectors)), shares)
+    if HIDDEN in means:
+        hidden = (hidden.float() * (1 + means[HIDDEN])).to(source.dtype)
     with torch.no_grad():
         ones = torch.ones(tokens * k, 1, dtype=source.dtype)
-        known = stats.layers[layer.key] if stats else None
         for name, entry in plan.layers[layer.key].items():
             experts = get_kind(name).having(plan.how.get(name, {})).reworked(experts, ids_of(entry), known)
-        routed = experts(hidden.repeat_interleave(k, 0), index.reshape(-1, 1), ones).float().view(tokens, k, -1)
+        if means and HIDDEN not in means:
+            routed = slow_answers(experts, hidden, index, means)
+        else:
+            routed = experts(hidden.repeat_interleave(k, 0), index.reshape(-1, 1), ones).float().view(tokens, k, -1)
         for expert, kind in plan.replaced(layer.key).items():
             token, slot = (index == expert).nonzero(as_tuple=True)
             if not len(token):

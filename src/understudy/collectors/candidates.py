@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from understudy.collectors import Resident
+from understudy.collectors.spread import Spread
 from understudy.collectors.stream import Stream, _first
 
 _CHUNK = 256  # tokens at a time
@@ -49,10 +50,8 @@ class Candidates(Stream):
 
     def __init__(self, resident: Resident) -> None:
         super().__init__(resident)
-        wanted, mine = resident.settings.dense_tokens, sum(batch.size for batch in resident.batches)
-        places = np.linspace(0, resident.total - 1, min(wanted, resident.total)).round().astype(np.int64)
-        self._places = places[(places >= resident.first) & (places < resident.first + mine)] - resident.first
-        self._expected, self._called_with, self._left_with = mine, 0, 0
+        self._spread = Spread(resident, resident.settings.dense_tokens)
+        self._called_with, self._left_with = 0, 0
         self._hidden: list[torch.Tensor] = []
         self._routed: list[torch.Tensor] = []
         self._after: list[torch.Tensor] = []
@@ -70,25 +69,20 @@ class Candidates(Stream):
     def _called(self, module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
         hidden = _first((*args, *kwargs.values()))
         assert hidden is not None
-        rows = self._rows(self._called_with, len(hidden), hidden.device)
+        rows = self._spread.rows(self._called_with, len(hidden), hidden.device)
         self._called_with += len(hidden)
         self._hidden.append(hidden[rows])
         self._routed.append(output[rows].float())
 
     def _through(self, h_TH: torch.Tensor, r_TH: torch.Tensor) -> None:
-        self._after.append(h_TH[self._rows(self._left_with, len(h_TH), h_TH.device)])
+        self._after.append(h_TH[self._spread.rows(self._left_with, len(h_TH), h_TH.device)])
         self._left_with += len(h_TH)
-
-    def _rows(self, start: int, count: int, device: torch.device) -> torch.Tensor:
-        """Which of the tokens of a call are of the sample."""
-        rows = self._places[(self._places >= start) & (self._places < start + count)] - start
-        return torch.from_numpy(rows).to(device)
 
     def sample(self) -> Sample | None:
         """Return the sample once the run is through; None where the experts do not see every token once."""
-        if self._called_with != self._expected:
+        if self._called_with != self._spread.expected:
             return None
-        shown = self._reach is not None and self._left_with == self._expected
+        shown = self._reach is not None and self._left_with == self._spread.expected
         after = torch.cat(self._after) if shown else None
         return Sample(torch.cat(self._hidden), torch.cat(self._routed), after, self._reach if shown else None)
 

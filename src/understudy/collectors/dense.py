@@ -13,6 +13,7 @@ import torch
 
 from understudy.collectors import Collector, Resident
 from understudy.collectors.channels import activations, shown_width
+from understudy.collectors.spread import Spread
 from understudy.sums import FEW
 from understudy.tap import Routes
 
@@ -32,26 +33,23 @@ class Dense(Collector):
 
     def __init__(self, resident: Resident) -> None:
         super().__init__(resident)
-        wanted = min(resident.settings.dense_tokens, resident.total)
-        places = np.linspace(0, resident.total - 1, wanted).round().astype(np.int64)
-        mine = sum(batch.size for batch in resident.batches)
-        here = (places >= resident.first) & (places < resident.first + mine)
-        self._places = places[here] - resident.first
+        self._spread = Spread(resident, resident.settings.dense_tokens)
+        wanted = len(self._spread.here)
         few = np.zeros(wanted, bool)
         few[np.linspace(0, wanted - 1, min(FEW, wanted)).round().astype(np.int64)] = True
-        self._few = np.flatnonzero(few[here])  # of the tokens that are kept here
-        self._heard, self._expected = 0, mine
+        self._few = np.flatnonzero(few[self._spread.here])  # of the tokens that are kept here
+        self._heard = 0
         self._kept: list[torch.Tensor] = []
 
     def hear(self, routes: Routes) -> None:
         """Keep the tokens that are wanted."""
-        first, self._heard = self._heard, self._heard + len(routes.hidden_TH)
-        rows = self._places[(self._places >= first) & (self._places < self._heard)] - first
-        self._kept.append(routes.hidden_TH[torch.from_numpy(rows).to(routes.hidden_TH.device)])
+        count = len(routes.hidden_TH)
+        self._kept.append(routes.hidden_TH[self._spread.rows(self._heard, count, routes.hidden_TH.device)])
+        self._heard += count
 
     def sums(self) -> dict[str, Any]:
         """Send the tokens through every expert, with gate 1."""
-        if self._heard != self._expected:
+        if self._heard != self._spread.expected:
             return {}  # the experts do not see every token once
         hidden_TH = torch.cat(self._kept)
         T, E, H = len(hidden_TH), self.resident.layer.num_experts, self.resident.layer.hidden_size

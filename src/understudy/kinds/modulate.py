@@ -1,7 +1,10 @@
 """`modulate`: the strongest experts of a token run, the others become vectors that rescale what these are given.
 
 Source: Compressed Experts (arXiv 2503.00634), METHODS 2; `understudy.modulated` has the rule. Every expert stays and
-gets vectors, which change nothing until `recover` trains them: until then the layer is one that asks fewer experts.
+gets vectors. Ones change nothing until `recover` trains them: until then the layer is one that asks fewer experts.
+Others may be fitted in calibration (`understudy.fitting`), to the layer as it is without any other kind of stand-in.
+
+Letters: T tokens, k routes of a token, E experts, H hidden size.
 """
 
 from __future__ import annotations
@@ -10,20 +13,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from understudy.entries import Entry, ids_of
-from understudy.errors import PlanError
+from understudy.errors import PlanError, StatsError
 from understudy.facts import LayerFacts
 from understudy.kinds import Kind
 from understudy.plans import Plan
-from understudy.standins import MERGED, Modulated, StandIn
+from understudy.standins import Modulated
+from understudy.stats import ExpertStats
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from understudy.cut import LayerCut, LayerSource
     from understudy.skeleton import Skeleton
 
-_SETTINGS = ("main_k", "vectors", "renormalise", "plain")
+_SETTINGS = ("main_k", "vectors", "renormalise", "plain", "fit")
+_FITTED_FOR = ("main_k", "vectors", "renormalise")
+_VECTORS = ("modulation_sum", "modulation_weight")
+FIT_NEEDS = (*(f"modulation_{name}" for name in _FITTED_FOR), "modulation_plain", "modulation_fitted")
 
 
 class Modulate(Kind):
@@ -38,6 +45,7 @@ class Modulate(Kind):
         renormalise: scale the gates of what runs up to the sum of all.
         plain: write an ordinary checkpoint whose config asks for `main_k` experts, without vectors: what the vectors
             must beat. All MoE layers then; a router that normalises does so over the fewer.
+        fit: vectors are those of the statistics and not ones.
     """
 
     name = "modulate"
@@ -46,9 +54,15 @@ class Modulate(Kind):
     losers = False
 
     def __init__(
-        self, main_k: int | None = None, vectors: int = 1, renormalise: bool = False, plain: bool = False
+        self,
+        main_k: int | None = None,
+        vectors: int = 1,
+        renormalise: bool = False,
+        plain: bool = False,
+        fit: bool = False,
     ) -> None:
-        self.main_k, self.vectors, self.renormalise, self.plain = main_k, vectors, renormalise, plain
+        self.main_k, self.vectors, self.renormalise, self.plain, self.fit = main_k, vectors, renormalise, plain, fit
+        self.needs = (*_VECTORS, *FIT_NEEDS) if fit else ()
 
     def having(self, how: Mapping[str, Any]) -> Modulate:
         """Return the kind with the settings of a plan.
@@ -58,14 +72,18 @@ class Modulate(Kind):
         """
         for name, value in how.items():
             if name not in _SETTINGS:
-                raise PlanError(f"how: modulate has no setting {name!r}; it has main_k, vectors, renormalise and plain")
-            if name in ("renormalise", "plain") and not isinstance(value, bool):
+                *others, last = _SETTINGS
+                raise PlanError(f"how: modulate has no setting {name!r}; it has {', '.join(others)} and {last}")
+            if name in ("renormalise", "plain", "fit") and not isinstance(value, bool):
                 raise PlanError(f"how: {name} of modulate is true or false, not {value!r}")
             if name == "main_k" and (type(value) is not int or value < 1):
                 raise PlanError(f"how: main_k of modulate is a whole number of at least 1, not {value!r}")
             if name == "vectors" and (type(value) is not int or value not in (1, 3)):
                 raise PlanError(f"how: vectors of modulate is 1 or 3, not {value!r}")
-        return Modulate(**{**{name: getattr(self, name) for name in _SETTINGS}, **how})
+        made = Modulate(**{**{name: getattr(self, name) for name in _SETTINGS}, **how})
+        if made.plain and made.fit:
+            raise PlanError("how: modulate with plain: true has no vectors to fit; leave out plain or fit")
+        return made
 
     def stored_bytes(self, layer: LayerFacts, entry: Entry) -> int:
         """Return the bytes of the vectors."""
@@ -95,6 +113,10 @@ class Modulate(Kind):
             return "nothing would be left to choose from; use one of them"
         if self.vectors == 3 and other.name in ("slim", "shared_base"):
             return "its experts have no projections of one size that are theirs alone; use vectors: 1"
+        if self.vectors == 3 and self.fit and other.name == "merge":
+            return (
+                "vectors were fitted to neurons that are not those of merged experts; use vectors: 1, or leave out fit"
+            )
         return None
 
     def most(self, layer: LayerFacts) -> int:
@@ -102,8 +124,14 @@ class Modulate(Kind):
         return layer.experts
 
     def cut(self, source: LayerSource, replaced: Sequence[int]) -> LayerCut:
-        """Add vectors that change nothing, and store the guard with a dimension more."""
-        from understudy.cut import LayerCut
+        """Add vectors, that change nothing or were fitted, and store the guard with a dimension more.
+
+        Raises:
+            StatsError: they were fitted for other settings.
+        """
+        import torch
+
+        from understudy.cut import LayerCut, tensor_bytes
         from understudy.layout import expert_dtype
         from understudy.shards import Piece, whole
         from understudy.weights import DTYPES
@@ -114,12 +142,48 @@ class Modulate(Kind):
         key, _ = guard_tensor(source.source, layer)
         entry, dtype = source.checkpoint.entries[key], expert_dtype(source.checkpoint, source.tensors)
         vectors: Any = outline.model.get_submodule(layer.name).modulation
-        added = []
+        added, shapes = [], {name: tuple(parameter.shape) for name, parameter in vectors.named_parameters()}
+        fitted = self.fitted(layer.key, source.stats, {name: shape[1] for name, shape in shapes.items()})
         for name, parameter in vectors.named_parameters():
             (saved,) = outline.saved({f"{layer.name}.modulation.{name}": parameter})
-            zeros = bytes(parameter.numel() * DTYPES[dtype][1])
-            added.append(Piece(saved, dtype, tuple(parameter.shape), (zeros,)))
+            values = bytes(parameter.numel() * DTYPES[dtype][1])
+            if fitted:
+                values = tensor_bytes(torch.from_numpy(fitted[name]).to(getattr(torch, DTYPES[dtype][0])))
+            added.append(Piece(saved, dtype, shapes[name], (values,)))
         return LayerCut(changed={key: replace(whole(entry), shape=(1, *entry.shape))}, added=added)
+
+    def fitted(self, key: str, stats: ExpertStats | None, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """Return the fitted vectors of a layer minus one, `[E, n]` by what they rescale; nothing where ones start.
+
+        `sizes` gives n, in the order of the statistics. An expert that was never auxiliary gets a vector of ones.
+
+        Raises:
+            StatsError: they were fitted for other settings.
+        """
+        if not self.fit:
+            return {}
+        assert stats is not None, "the kind needs statistics"
+        self.check_fitted(key, stats)
+        weight_E1 = np.asarray(stats.modulation_weight)[:, None]
+        mean_ES = np.asarray(stats.modulation_sum) / np.where(weight_E1 > 0, weight_E1, 1)
+        ends = np.cumsum(list(sizes.values()))
+        assert mean_ES.shape[1] == ends[-1]
+        return dict(zip(sizes, np.split(np.ascontiguousarray(mean_ES), ends[:-1], axis=1), strict=True))
+
+    def check_fitted(self, key: str, stats: ExpertStats) -> None:
+        """Refuse vectors that were fitted for other settings.
+
+        Raises:
+            StatsError: says which.
+        """
+        found = {name: int(getattr(stats, f"modulation_{name}")) for name in _FITTED_FOR}
+        wanted = {name: int(getattr(self, name)) for name in _FITTED_FOR}
+        if found != wanted:
+            was, want = (", ".join(f"{name} {value}" for name, value in of.items()) for of in (found, wanted))
+            raise StatsError(
+                f"layer {key}: its vectors were fitted for {was}, and the plan has {want}; calibrate with "
+                "--collect modulation and the settings of the plan"
+            )
 
     def check(self, layers: Mapping[str, LayerFacts], entries: Mapping[str, Entry]) -> None:
         """Refuse a part of a layer, and a number of experts that is not smaller than what a token has."""
@@ -204,37 +268,6 @@ def plain_config(source: Skeleton, plan: Plan, config: dict[str, Any]) -> tuple[
             "plain checkpoint is not possible; leave out plain"
         )
     return (f"an ordinary checkpoint whose config asks for {main_k} experts instead of {layers[0].top_k}",)
-
-
-def slow_split(
-    stand_ins: Mapping[int, StandIn], kind: Modulate, index: Tensor, gates: Tensor
-) -> tuple[Tensor, list[dict[int, float]]]:
-    """Split routes `[T, k]` token by token: gates with zeros for auxiliary routes, and alpha' by id for each token."""
-    import torch
-
-    gates, shares = gates.clone(), []
-    for t, (ids, weights) in enumerate(zip(index.tolist(), gates.tolist(), strict=True)):
-        together: dict[int, float] = {}  # experts that share all weights are one
-        for e, weight in zip(ids, weights, strict=True):
-            if e not in stand_ins or not stand_ins[e].free:
-                together[_weights_of(e, stand_ins)] = together.get(_weights_of(e, stand_ins), 0.0) + weight
-        main = sorted(together, key=lambda group: -together[group])[: kind.main_k]
-        free = [e in stand_ins and stand_ins[e].free for e in ids]
-        runs = [_weights_of(e, stand_ins) in main for e in ids]
-        aux = [s for s in range(len(ids)) if not free[s] and not runs[s]]
-        total = sum(weights[s] for s in aux)
-        shares.append({ids[s]: weights[s] / total for s in aux} if total else {})
-        kept = sum(weights[s] for s in range(len(ids)) if runs[s] and not free[s])
-        for s in range(len(ids)):
-            if not free[s]:
-                factor = (kept + total) / kept if kind.renormalise and kept else 1.0
-                gates[t, s] = gates[t, s] * factor if runs[s] else torch.zeros(())
-    return gates, shares
-
-
-def _weights_of(expert: int, stand_ins: Mapping[int, StandIn]) -> int:
-    stand_in = stand_ins.get(expert)
-    return stand_in.into if stand_in is not None and stand_in.format == MERGED and stand_in.into is not None else expert
 
 
 MODULATE = Modulate()

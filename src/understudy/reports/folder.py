@@ -14,6 +14,7 @@ from understudy.comparison import Example
 from understudy.errors import UnderstudyError, reason
 from understudy.metrics import FORMAT, Metrics
 from understudy.plans import Plan, load_plan
+from understudy.reports.trained import Training, trainings
 from understudy.stats import Stats, load_stats
 
 ROUTES = ("count", "tokens")  # fields of the statistics that the maps need
@@ -30,6 +31,7 @@ class Folder:
     recipe: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None
     examples: list[Example] = field(default_factory=list)
+    trainings: list[Training] = field(default_factory=list)  # the first one first
     nbytes: int | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -64,6 +66,7 @@ def open_folder(path: Path) -> Folder:
         found.plan = load_plan(found.file("plan.yaml"))
     found.metrics = _metrics(found.file("metrics.json"))
     found.recipe, found.provenance = _json(found.file("recipe.json")), _json(found.file("provenance.json"))
+    found.trainings = trainings(_json(found.file("recovery.json")), found.file("recovery.json"))
     examples = _json(found.file("examples.json"))
     try:
         found.examples = [Example.model_validate(x) for x in (examples or {}).get("examples", [])]

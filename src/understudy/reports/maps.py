@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from understudy.entries import Entry, ids_of
+from understudy.entries import OVERLAYS, Entry, ids_of
 from understudy.kinds import all_kinds
 from understudy.plans import Plan
 from understudy.reports.markup import Html, folded, scrolling, table, tag
@@ -65,7 +65,7 @@ def plan_map(plan: Plan, widths: Mapping[str, int | None]) -> Html:
     kinds: dict[str, int] = {}
     for row, key in enumerate(layers):
         cells["kept", "kept as it was"] += [(i, row) for i in plan.kept(key, plan.model.experts[key])]
-        for kind, entry in plan.layers.get(key, {}).items():
+        for kind, entry in _replacing(plan, key).items():
             kinds[kind] = kinds.get(kind, 0) + len(ids_of(entry))
             colour = f"c{_colour(kind)}"
             if isinstance(entry, dict) and _for_all_tokens(kind):
@@ -131,6 +131,11 @@ def layer_table(plan: Plan, counts: Mapping[str, np.ndarray] | None) -> Html:
     )
 
 
+def _replacing(plan: Plan, key: str) -> dict[str, Entry]:
+    """Return what a layer's experts become, without what lies over all of them."""
+    return {kind: entry for kind, entry in plan.layers.get(key, {}).items() if kind not in OVERLAYS}
+
+
 def _for_all_tokens(kind: str) -> bool:
     """Whether the numbers of a kind are constants that answers are multiplied by, not neurons."""
     return kind in all_kinds() and not all_kinds()[kind].whole_numbers
@@ -148,8 +153,8 @@ def _entry(kind: str, entry: Entry) -> str:
 
 def _legend(plan: Plan) -> list[Html]:
     found: dict[str, Html] = {}
-    for entries in plan.layers.values():
-        for kind, entry in entries.items():
+    for key in plan.layers:
+        for kind, entry in _replacing(plan, key).items():
             colour = f"c{_colour(kind)}"
             if isinstance(entry, dict) and _for_all_tokens(kind):
                 found[kind] = _sample(f"{colour} o1", f"{kind}: pale where an expert answers every token, else removed")

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from understudy.card import commands
 from understudy.methods import all_methods
 from understudy.recipe import Calibration, Selection
-from understudy.reports import parts
+from understudy.reports import parts, trained
 from understudy.reports.folder import Folder
 from understudy.reports.markup import Child, join, pairs, tag
 from understudy.stats import file_hash
@@ -68,19 +68,21 @@ def data_rows(what: str, data: dict[str, Any]) -> list[tuple[str, str]]:
 def _again(found: Folder) -> list[str]:
     shown = shlex.quote(str(found.path))
     lines: list[str] = []
-    recipe = found.recipe
+    recipe, first = found.recipe, trained.first_folder(found.trainings, found.path)
     if recipe:
         try:
             calibration = Calibration.model_validate(recipe["calibration"])
             selection = Selection.model_validate(recipe["selection"])
             limit = recipe.get("apply", {}).get("max_shard_size")
-            lines += commands(recipe["model"], str(found.path), calibration, selection, limit)
+            lines += commands(recipe["model"], first, calibration, selection, limit)
         except (KeyError, ValidationError, TypeError):
             lines.append("# recipe.json is of another version of understudy; it lists every setting")
     elif found.plan is not None:
         lines.append(
-            f"understudy apply {shlex.quote(found.source)} {shown}/understudy/plan.yaml --stats STATS --out NEW"
+            f"understudy apply {shlex.quote(found.source)} {shown}/understudy/plan.yaml --stats STATS --out "
+            f"{shlex.quote(first) if found.trainings else 'NEW'}"
         )
+    lines += trained.again(found.trainings, found.source, str(found.path))
     if evaluated := found.metrics.provenance if found.metrics else None:
         against = ["--against", evaluated["against"]["source"]] if evaluated["against"] else []
         data, tasks = evaluated["data"] or {}, evaluated["tasks"] or {}

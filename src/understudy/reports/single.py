@@ -7,14 +7,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from understudy.entries import Entry, ids_of
+from understudy.entries import OVERLAYS, Entry, ids_of
 from understudy.errors import UnderstudyError
 from understudy.kinds import all_kinds
 from understudy.methods import all_methods
 from understudy.metrics import Metrics
 from understudy.plans import Plan
 from understudy.recipe import Selection
-from understudy.reports import maps, parts
+from understudy.reports import maps, parts, trained
 from understudy.reports.folder import ROUTES, Folder, open_folder
 from understudy.reports.markup import Child, Html, document, items, join, pairs, table, tag
 from understudy.reports.origins import provenance
@@ -40,6 +40,7 @@ def page(path: Path, full: bool) -> tuple[Html, list[str]]:
         ("Damage", damage),
         ("Worst examples", _examples(found) if full else None),
         ("What was done", _maps(found)),
+        ("Training", trained.section(found.trainings)),
         ("Size, memory and speed", _sizes(found)),
         ("Provenance", provenance(found)),
     ]
@@ -54,7 +55,8 @@ def _summary(found: Folder) -> Child:
     if after is not None and before:
         facts.append(("weights", join(size(after), tag("small", f"{size(before)} before, {change(before, after)}"))))
     if found.plan is not None:
-        lines.append(_removed(found.plan))
+        lines += [_removed(found.plan), *_fewer(found.plan)]
+    lines += [trained.sentence(training) for training in found.trainings]
     if after is not None and before:
         lines.append(f"The weights take {size(after)} instead of {size(before)}: {change(before, after)}.")
     metrics = found.metrics
@@ -73,9 +75,12 @@ def _removed(plan: Plan) -> str:
     """Say what a plan replaces, and by what."""
     experts = sum(plan.model.experts.values())
     entries: dict[str, list[Entry]] = {}
-    for kinds in plan.layers.values():
+    touched = set()
+    for key, kinds in plan.layers.items():
         for kind, entry in kinds.items():
-            entries.setdefault(kind, []).append(entry)
+            if kind not in OVERLAYS:
+                entries.setdefault(kind, []).append(entry)
+                touched.add(key)
     became, total = [], 0
     for kind, listed_ in entries.items():
         count = sum(len(ids_of(entry)) for entry in listed_)
@@ -89,8 +94,22 @@ def _removed(plan: Plan) -> str:
     if not total:
         return f"All {experts:,} routed experts were kept."
     share = f"{total:,} of {experts:,} routed experts ({total / experts:.1%})"
-    where = f"in {few(len(plan.layers), 'layer')} of {len(plan.model.experts)}"
+    where = f"in {few(len(touched), 'layer')} of {len(plan.model.experts)}"
     return f"{share}, {where}, were replaced: {'; '.join(became)}."
+
+
+def _fewer(plan: Plan) -> list[str]:
+    """Say where fewer experts run for a token than it chooses."""
+    said: dict[str, int] = {}
+    for key, kinds in plan.layers.items():
+        for kind in sorted(OVERLAYS & kinds.keys()):
+            how = plan.how.get(kind, {})
+            others = (
+                "the others are left out" if how.get("plain") else "vectors of the others rescale what these are given"
+            )
+            text = f"{how.get('main_k')} of the {plan.model.top_k[key]} experts that a token chooses run, and {others}"
+            said[text] = said.get(text, 0) + 1
+    return [f"In {few(n, 'layer')} of {len(plan.model.experts)}, {text}." for text, n in said.items()]
 
 
 def _cost(metrics: Metrics) -> tuple[list[Child], list[tuple[Child, Child]]]:

@@ -25,6 +25,7 @@ from understudy.recipe import Calibration, settings_from
 from understudy.runtime import pick_device
 from understudy.sequential import Sequential, with_needs
 from understudy.skeleton import Skeleton
+from understudy.standins import main_k_of
 from understudy.stats import Stats, load_stats
 from understudy.tokens import load_tokenizer, longest_sequence
 
@@ -70,6 +71,8 @@ def calibrate(
     if skeleton.has_stand_ins:
         raise StatsError(f"{folder} holds stand-ins already; calibrate the original model")
     facts = model_facts(skeleton, str(model))
+    if "modulation" in chosen.collect and (several := [x.top_k for x in skeleton.layers if x.top_k > 1]):
+        main_k_of(chosen.main_k, several)  # before any text is run
     base = open_base(skeleton, chosen.base) if chosen.base else None
     if chosen.weights_only:
         found = _of_weights(skeleton, facts, chosen, base, progress)  # every process reads them all
@@ -109,6 +112,12 @@ def _checked(settings: Calibration) -> Calibration:
     """Refuse settings that would have no effect."""
     if settings.weights_only and (unused := [x for x in ("data", "collect", "sequential") if getattr(settings, x)]):
         raise UnderstudyError(f"--weights-only reads no text; leave out --{unused[0]}")
+    for name in ("main_k", "vectors", "renormalise"):
+        if "modulation" not in settings.collect and getattr(settings, name) != Calibration.model_fields[name].default:
+            flag = name.replace("_", "-")
+            raise UnderstudyError(f"--{flag} has no effect without --collect modulation; add that, or leave it out")
+    if settings.vectors not in (1, 3):
+        raise UnderstudyError(f"--vectors {settings.vectors}: an expert has 1 vector or 3; give one of these")
     return with_needs(settings)
 
 
@@ -143,6 +152,7 @@ def _run_key(
     parts = [__version__, skeleton.checkpoint.fingerprint, blocks.digest, str(skeleton.dtype), str(skeleton.device)]
     groups = [sorted(settings.collect), settings.dense_tokens, base and base.fingerprint]
     groups += [settings.sequential, settings.sequential_ratio]
+    groups += [settings.main_k, settings.vectors, settings.renormalise, settings.fit_tokens]
     identity = json.dumps([*parts, *groups, settings.experts, settings.batch_size, processes.world])
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 

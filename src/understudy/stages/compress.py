@@ -39,6 +39,7 @@ from understudy.tokens import load_tokenizer
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
+_OF_BOTH = ("main_k", "vectors", "renormalise")  # settings of the calibration and of the plan
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,12 @@ def _collecting(calibration: Calibration, selection: Selection) -> Calibration:
     if "base" in groups and calibration.base is None:
         raise StatsError(f"method {method.name} needs --base MODEL, the checkpoint that this one was trained from")
     collect = tuple(group for group in EXTRA if group in groups or group in calibration.collect)
-    return calibration.model_copy(update={"collect": collect})
+    update: dict[str, Any] = {"collect": collect}
+    if selection.fit:  # vectors are fitted for what the plan will say
+        update |= {name: getattr(selection, name) for name in _OF_BOTH}
+    elif "modulation" not in collect:  # these flags were meant for the plan
+        update |= {name: Calibration.model_fields[name].default for name in _OF_BOTH}
+    return calibration.model_copy(update=update)
 
 
 def _rehearse(facts: ModelFacts, calibration: Calibration, selection: Selection, target: Path) -> PlanResult | None:
