@@ -6,9 +6,9 @@
 Rows: the original; the MoE sublayers (LayerDrop) or whole decoder layers (BlockDrop) that change the stream least left
 out, as many as CD-MoE condenses; M-SMoE at the bytes of CD-MoE-SR; CD-MoE-S (no routed expert) and CD-MoE-SR, experts
 and layers found by the paper's search on the calibration text. Then each is trained on `--data` and, if given, on
-`--task-train`: the condensed layers of CD-MoE, merged experts of M-SMoE, the experts of the others. Speed is that of
-prefill and decode beside the original in the same minutes. What is done is kept in `DIR/rows.jsonl`; a later call goes
-on from there. `--table` prints what is there.
+`--task-train`: the condensed layers of CD-MoE, merged experts of M-SMoE, the experts of the others. What is done is
+kept in `DIR/rows.jsonl`; a later call goes on from there. `--speed` measures prefill and decode of what was written
+beside the original, in turns, when nothing else runs; `--table` prints what is there.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.a, self.model, self.out = arguments, Path(arguments.model), Path(arguments.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.file = self.out / "rows.jsonl"
+        self.file, self.speeds = self.out / "rows.jsonl", self.out / "speeds.json"
 
     def done(self) -> dict[tuple[str, bool], dict[str, Any]]:
         """What has been run, by row and whether it was trained."""
@@ -55,20 +55,32 @@ class Bench:
                 self._keep(row, True, self._recovered(row, folder))
 
     def _keep(self, row: str, trained: bool, folder: Path) -> None:
+        common = {"seq_len": 128, "batch_size": 16}
         found = understudy.eval(
-            folder, against=self.model, data=self.a.test, samples=self.a.test_samples, seq_len=128, examples=0,
-            **({"tasks": self.a.tasks, "include_path": self.a.include_path} if self.a.tasks else {}),
-        )  # fmt: skip
-        blocks = token_blocks(self.a.test, load_tokenizer(self.model, False), seq_len=512, samples=len(self.a.test))
-        speed = measure_speed(Skeleton(folder), Skeleton(self.model), blocks.ids[0], repeats=9)
-        scores = {name: next(iter(metrics.values())) for name, metrics in found.tasks.items()}
+            folder, against=self.model, data=self.a.test, samples=self.a.test_samples, examples=0, **common
+        )
+        scores = {}
+        if self.a.tasks:  # of this model alone: with --against, those of the original would be run every time
+            more = {"tasks": self.a.tasks, "include_path": self.a.include_path}
+            tasks = understudy.eval(folder, data=self.a.test[:1], samples=1, **common, **more).tasks.items()
+            scores = {name: next(metrics[m] for m in ("acc_norm", "acc") if m in metrics) for name, metrics in tasks}
         entry = {
             "row": row, "trained": trained, "perplexity": found.perplexity["all"], "kl": found.kl, "tasks": scores,
-            "bytes": found.bytes, "prefill": speed.prefill_ratio, "decode": speed.decode_ratio,
+            "bytes": found.bytes,
         }  # fmt: skip
         with self.file.open("a") as f:
             f.write(json.dumps(entry) + "\n")
         print(entry, flush=True)
+
+    def speed(self) -> None:
+        """Measure each form; training changes none."""
+        blocks = token_blocks(self.a.test, load_tokenizer(self.model, False), seq_len=512, samples=len(self.a.test))
+        found = {}
+        for row in ROWS:
+            folder = self.model if row == "original" else self._cut(row)
+            speed = measure_speed(Skeleton(folder), Skeleton(self.model), blocks.ids[0], repeats=15)
+            found[row] = {"prefill": speed.prefill_ratio, "decode": speed.decode_ratio}
+        self.speeds.write_text(json.dumps(found))
 
     def _cut(self, row: str) -> Path:
         folder = self.out / row
@@ -118,6 +130,7 @@ class Bench:
         """All rows, against the original."""
         done = self.done()
         first = done["original", False]
+        speeds = json.loads(self.speeds.read_text()) if self.speeds.exists() else {}
         tasks = list(first["tasks"])
         lines = [
             "| model | memory | prefill | decode | perplexity | KL | " + " | ".join([*tasks, "mean"]) + " |",
@@ -125,10 +138,11 @@ class Bench:
         ]
         for (row, trained), entry in done.items():
             scores = [entry["tasks"][task] for task in tasks]
+            fast = [f"x{speeds[row][what]:.2f}" if row in speeds else "-" for what in ("prefill", "decode")]
             mean = f"{sum(scores) / len(scores):.3f}" if scores else "-"
             lines.append(
                 f"| {row}{' + training' if trained else ''} | {entry['bytes'] / first['bytes']:.1%} "
-                f"| x{entry['prefill']:.2f} | x{entry['decode']:.2f} | {entry['perplexity']:.2f} | {entry['kl']:.3f} | "
+                f"| {fast[0]} | {fast[1]} | {entry['perplexity']:.2f} | {entry['kl']:.3f} | "
                 + " | ".join([*(f"{score:.3f}" for score in scores), mean]) + " |"
             )  # fmt: skip
         return "\n".join(lines)
@@ -151,9 +165,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--out", required=True)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--speed", action="store_true")
     arguments = parser.parse_args()
     bench = Bench(arguments)
-    if not arguments.table:
+    if arguments.speed:
+        bench.speed()
+    elif not arguments.table:
         bench.run()
     print(bench.table())
 
