@@ -6,7 +6,7 @@
 Rows: the original; the MoE sublayers (LayerDrop) or whole decoder layers (BlockDrop) that change the stream least left
 out, as many as CD-MoE condenses; M-SMoE at the bytes of CD-MoE-SR; CD-MoE-S (no routed expert) and CD-MoE-SR, experts
 and layers found by the paper's search on the calibration text. Then each is trained on `--data` and, if given, on
-`--task-train`: the condensed layers of CD-MoE, merged experts of M-SMoE, the experts of the others. What is done is
+`--task-train`: the condensed layers of CD-MoE, the experts of the others. What is done is
 kept in `DIR/rows.jsonl`; a later call goes on from there. `--speed` measures prefill and decode of what was written
 beside the original, in turns, when nothing else runs; `--table` prints what is there.
 """
@@ -29,7 +29,7 @@ from understudy.speed import measure_speed
 from understudy.tokens import load_tokenizer
 
 ROWS = ("original", "layer_drop", "block_drop", "mc_smoe", "cd_moe_s", "cd_moe_sr")
-TRAINED = {"original": "experts", "layer_drop": "experts", "block_drop": "experts", "mc_smoe": "stand-ins"}
+TRAINED = {"original": "experts", "layer_drop": "experts", "block_drop": "experts", "mc_smoe": "experts"}
 
 
 class Bench:
@@ -51,7 +51,8 @@ class Bench:
             folder = self.model if row == "original" else self._cut(row)
             if (row, False) not in self.done():
                 self._keep(row, False, folder)
-            if (row, True) not in self.done():
+            empty = row == "cd_moe_s" and not any(layer.shared for layer in Skeleton(self.model).layers)
+            if (row, True) not in self.done() and not empty:  # without shared experts there is nothing to train
                 self._keep(row, True, self._recovered(row, folder))
 
     def _keep(self, row: str, trained: bool, folder: Path) -> None:

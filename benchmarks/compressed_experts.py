@@ -5,10 +5,10 @@
 
 Rows: the original as it is; the original trained; for each `main_k` the plain checkpoint that asks for so few experts
 and the one whose other routes are vectors, both trained alike (all weights, `--steps` of 8 x 128 tokens). With the
-first seed also, at half of top-k: gates of the main experts renormalised, plain and with vectors; vectors fitted in
-closed form, before and after training; vectors alone trained; three vectors an expert. What is done is kept in
-`DIR/runs.jsonl`, and a later call goes on from there; several processes may work on one folder. `--table` prints what
-is there, `--speed` measures every kind of model beside the original, in turns.
+first seed also the tasks, and at half of top-k: gates of the main experts renormalised; vectors fitted in closed form,
+before and after training; vectors alone trained; three vectors an expert. What is done is kept in `DIR/runs.jsonl`, and
+a later call goes on from there; several processes may work on one folder. `--table` prints what is there, `--speed`
+measures every kind of model beside the original, in turns.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Bench:
             folder, against=self.model, data=self.a.test, samples=self.a.samples, examples=0, **common
         )
         scores = {}
-        if self.a.tasks:  # of this model alone: with --against, those of the original would be run every time
+        if self.a.tasks and row.seed == self.a.seeds[0]:  # with --against, those of the original would be run, too
             more = {"tasks": self.a.tasks, "include_path": self.a.include_path}
             tasks = understudy.eval(folder, data=self.a.test[:1], samples=1, **common, **more).tasks.items()
             scores = {name: next(metrics[m] for m in ("acc_norm", "acc") if m in metrics) for name, metrics in tasks}
@@ -137,7 +137,7 @@ class Bench:
         grouped: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
         for row, entry in self.done().items():
             grouped.setdefault((row.main_k, row.form, row.train), []).append(entry)
-        tasks = list(next(iter(self.done().values()))["tasks"])
+        tasks = sorted({name for entry in self.done().values() for name in entry["tasks"]})
         lines = [
             "| main_k | model | trained | seeds | active parameters | perplexity | KL | "
             + " | ".join([*tasks, "mean"])
@@ -149,13 +149,15 @@ class Bench:
         ):
             cells = [str(k or self.top_k), form, train, str(len(found)), f"{found[0]['params']['active'] / 1e6:.2f}M"]
             cells += [_spread([e["perplexity"] for e in found], 2), _spread([e["kl"] for e in found], 3)]
-            cells += [_spread([e["tasks"][t] for e in found], 3) for t in tasks]
-            cells += [_spread([statistics.mean(e["tasks"].values()) for e in found], 3) if tasks else "-"]
+            cells += [_spread([e["tasks"][t] for e in found if e["tasks"]], 3) for t in tasks]
+            cells += [_spread([statistics.mean(e["tasks"].values()) for e in found if e["tasks"]], 3)]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
 
 def _spread(values: list[float], digits: int) -> str:
+    if not values:
+        return "-"
     more = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{more}"
 
@@ -166,13 +168,13 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--data", action="append", required=True)
     parser.add_argument("--test", action="append", required=True)
-    parser.add_argument("--tasks", type=lambda text: tuple(text.split(",")), default=())
+    parser.add_argument("--tasks", type=lambda text: tuple(filter(None, text.split(","))), default=())
     parser.add_argument("--include-path")
     parser.add_argument("--main-k", type=lambda text: [int(k) for k in text.split(",")], default=[1, 2, 3])
     parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=140)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--out", required=True)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--speed", action="store_true")
