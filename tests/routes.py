@@ -137,7 +137,10 @@ def filled(stats: Stats, seed: int = 0) -> Stats:
         drawn = {}
         for name in (f.name for f in fields(ExpertStats) if getattr(layer, f.name) is None):
             values = 1 + rng.random([lengths[x] for x in letters_of(name)])
-            drawn[name] = values @ values.T if letters_of(name) == "EE" else values
+            drawn[name] = values @ values.swapaxes(-1, -2) if letters_of(name) in ("EE", "EII") else values
+        if {"activation_gram", "gated_activation_sum"} <= set(drawn):  # no second moment is below the mean's square
+            total, weight = drawn["gated_activation_sum"], np.maximum(layer.gate_sq_sum, 1e-3)
+            drawn["activation_gram"] += total[:, :, None] * total[:, None, :] / weight[:, None, None]
         layers[key] = replace(layer, **drawn)
     return replace(stats, layers=layers)
 

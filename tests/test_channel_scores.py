@@ -68,6 +68,11 @@ def sums_of(experts: list[Expert]) -> dict[str, np.ndarray]:
         "down_sq_norm": each(lambda x: (x.down**2).sum(0)),
         "gradient_sq_sum": each(lambda x: (x.d**2).sum(0)),
         "effect_sq_sum": each(lambda x: ((x.h * x.d) ** 2).sum(0)),
+        "gate_sq_sum": np.array([(x.g**2).sum() for x in experts]),
+        "gated_activation_sum": each(lambda x: (x.g[:, None] ** 2 * x.h).sum(0)),
+        "activation_gram": each(lambda x: (x.g[:, None] ** 2 * x.h).T @ x.h),
+        "down_gram": each(lambda x: x.down.T @ x.down),
+        "gradient_down_gram": each(lambda x: x.down.T @ np.diag(range(1, H + 1)) @ x.down),
     }
 
 
@@ -172,7 +177,8 @@ class TestEveryChannelScore:
         moved = {}
         for name, value in made.layers["0"].arrays().items():
             value = value[experts] if value.shape[:1] == (E,) else value
-            moved[name] = value[:, channels] if value.shape == (E, WIDTH) else value
+            value = value[:, channels] if value.shape[1:2] == (WIDTH,) else value
+            moved[name] = value[:, :, channels] if value.shape == (E, WIDTH, WIDTH) else value
         other = replace(made, layers={"0": ExpertStats(**moved)})
         before, after = (score_channels(score, x, x.model.layers, SETTINGS)["0"] for x in (made, other))
         assert len(np.unique(before)) > E
@@ -186,9 +192,10 @@ class TestEveryChannelScore:
     def test_refuses_what_is_not_finite(self, score: ChannelScore) -> None:
         made = stats()
         broken = {}
-        for name in set(score.needs) - {"count", "tokens"}:
-            broken[name] = getattr(made.layers["0"], name).copy()
-            broken[name][2, 1] = np.inf
+        for name in score.needs:
+            if (value := getattr(made.layers["0"], name)).ndim > 1:
+                broken[name] = value.copy()
+                broken[name][2, 1] = np.inf
         made = replace(made, layers={"0": replace(made.layers["0"], **broken)})
         with np.errstate(invalid="ignore"), pytest.raises(NumericError, match=r"layer 0: the \w+ score of neuron"):
             score_channels(score, made, made.model.layers, SETTINGS)

@@ -211,7 +211,7 @@ def test_needs_follow_the_settings() -> None:
         ({1: 48}, {}, "layer 0: slim keeps 48 neurons of expert 1, which has 48; give fewer, or leave the expert out"),
         ({1: 900}, {}, "layer 0: slim keeps 900 neurons of expert 1, which has 48"),
         (dict.fromkeys(range(8), 0), {}, "layer 0: none of the 8 experts keeps a neuron"),
-        ({1: 8}, {"ordr": "camera"}, "how: slim has no setting 'ordr'; it has order and constant"),
+        ({1: 8}, {"ordr": "camera"}, "how: slim has no setting 'ordr'; it has order, constant and refit"),
         ({1: 8}, {"order": "camra"}, r"no channel score is named 'camra' \(did you mean 'camera'\?\)"),
         ({1: 8}, {"constant": 1}, "how: constant of slim is true or false, not 1"),
         ({1: 8}, {"order": True}, "how: order of slim is the name of a channel score, not True"),

@@ -170,6 +170,7 @@ def sum_gradients(
     is_kept: Callable[[str], bool],
     processes: Processes | None = None,
     done: Callable[[int], None] | None = None,
+    grams: bool = False,
 ) -> None:
     """Go back through a model and hand out the sums of each MoE layer, or what is left of them after an interruption.
 
@@ -179,6 +180,7 @@ def sum_gradients(
         is_kept: whether `keep` was called for that key in an interrupted run.
         processes: those that go back together, each over its own blocks.
         done: called with the index of each decoder layer that is through.
+        grams: also sum up products of gradients at the output of the experts.
 
     Raises:
         NumericError: a gradient is NaN or infinite.
@@ -190,12 +192,13 @@ def sum_gradients(
     @contextmanager
     def observe(index: int, module: nn.Module) -> Iterator[None]:
         here = [layer for layer in layers if layer.index == index]
-        watched = {x.key: Gradients(model.get_submodule(x.name), x.num_experts) for x in here}
+        watched = {x.key: Gradients(model.get_submodule(x.name), x.num_experts, grams) for x in here}
         with ExitStack() as stack:
             for gradients in watched.values():
                 stack.enter_context(gradients.attached())
             yield
-        for key, gradients in watched.items():  # before the commit: a kill in between repeats the layer
+        # While the layer is there, and before the commit: a kill in between repeats the layer.
+        for key, gradients in watched.items():
             keep(key, gradients.sums())
 
     committed = back.gradients.latest(batches)

@@ -97,6 +97,7 @@ class _Run:
             few = f"{len(blocks.ids)} blocks cannot be split over {processes.world} processes"
             raise DataError(f"{few}; give more text or start fewer")
         self.skeleton, self.facts, self.processes, self.remake = skeleton, facts, processes, remake
+        self.settings = settings
         self.mine = work / f"rank-{processes.rank}"
         memory = parse_bytes(settings.activation_memory)
         self.back: Backward | None = None
@@ -141,7 +142,8 @@ class _Run:
                     again=self._remade if self.remake else None,
                 )
                 if self.back:
-                    sum_gradients(self.back, self._keep_more, self._has_gradients, self.processes, done_back)
+                    grams = "grams" in self.settings.collect
+                    sum_gradients(self.back, self._keep_more, self._has_gradients, self.processes, done_back, grams)
         layers, probes = {}, {}
         for layer in self.skeleton.layers:
             local = self._load(layer.key)

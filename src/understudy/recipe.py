@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from understudy.errors import UnderstudyError
 
 Scope = Literal["layer", "model", "mass"]
-Extra = Literal["sets", "subsets", "dense", "candidates", "channels", "gradients", "modulation"]
+Extra = Literal["sets", "subsets", "dense", "candidates", "channels", "grams", "gradients", "modulation"]
 _SPEC = (
     "text: a file, .jsonl[.xz|.gz|.zst][:field], folder or hf:name[config]:split:field, with =WEIGHT if wanted; "
     "repeat it for several"
@@ -51,8 +51,8 @@ class Calibration(_Reading):
     experts: str = Field("auto", description="transformers' experts implementation; auto = its own default")
     collect: tuple[Extra, ...] = Field(
         (),
-        description="sums that cost more, commas between them: sets, subsets, dense, candidates, channels, gradients, "
-        "modulation",
+        description="sums that cost more, commas between them: sets, subsets, dense, candidates, channels, grams, "
+        "gradients, modulation",
     )
     dense_tokens: int = Field(
         2048, gt=1, description="tokens sent through every expert, with --collect dense or candidates"
@@ -230,7 +230,7 @@ class Comparison(_Running):
 
 def _by_commas(value: Any) -> Any:
     items = (value,) if isinstance(value, str | int | float) else value
-    parts = [item.split(",") if isinstance(item, str) else [item] for item in items]
+    parts = [list(filter(None, item.split(","))) if isinstance(item, str) else [item] for item in items]
     return tuple(part for several in parts for part in several)
 
 

@@ -37,6 +37,11 @@ _SHAPES = {
     "topk_sets": "SK",
     "topk_counts": "S",
     "subset_loss": "P",
+    "activation_gram": "EII",
+    "down_gram": "EII",
+    "gradient_tokens": "",
+    "gradient_gram": "HH",
+    "gradient_down_gram": "EII",
     "attribution_sum": "E",
     "towards_sum": "E",
     "modulation_sum": "EH",  # of one vector

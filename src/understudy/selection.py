@@ -100,10 +100,12 @@ def in_two_tiers(problem: Problem, importance: Channels, protected: dict[str, in
     return widths
 
 
-def choose_widths(problem: Problem, scores: Channels, widths: Widths, order: str, *, constant: bool = False) -> Choice:
+def choose_widths(
+    problem: Problem, scores: Channels, widths: Widths, order: str, *, constant: bool = False, refit: bool = False
+) -> Choice:
     """Make a choice of widths, rounded to classes where the settings ask for it.
 
-    `order` is the name of the channel score that `scores` come from.
+    `order` is the name of the channel score that `scores` come from, `constant` and `refit` are settings of `slim`.
     """
     classes = problem.settings.width_classes
     layers: dict[str, dict[str, Entry]] = {}
@@ -118,8 +120,7 @@ def choose_widths(problem: Problem, scores: Channels, widths: Widths, order: str
         if entry:
             layers[key] = {problem.kind.name: entry}
     how: dict[str, bool | int | float | str] = {"order": order}
-    if constant:
-        how["constant"] = True
+    how |= {name: True for name, wanted in (("constant", constant), ("refit", refit)) if wanted}
     notes = []
     if not layers:
         notes.append("the ratio is less than one neuron; nothing is replaced")

@@ -19,12 +19,12 @@ from pydantic import ValidationError
 
 from understudy.errors import OutputError, StatsError, reason
 from understudy.facts import ModelFacts
+from understudy.sums import MAPPED, exact_in, group_of, groups_for, is_vector, required_fields
 from understudy.sums import ExpertStats as ExpertStats
-from understudy.sums import exact_in, group_of, is_vector, required_fields
 
 FORMAT = 1
 # groups of sums that cost time or room and are asked for
-EXTRA = ("sets", "subsets", "dense", "candidates", "channels", "gradients", "modulation")
+EXTRA = ("sets", "subsets", "dense", "candidates", "channels", "grams", "gradients", "modulation")
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,6 @@ class Stats:
         Raises:
             OutputError: the disk is full or not writable.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import save_file
-
         tensors: dict[str, np.ndarray] = {}
         for key, layer in self.layers.items():
             for name, value in layer.arrays().items():
@@ -80,12 +77,9 @@ class Stats:
         partial = target.with_name(target.name + ".tmp")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial.touch()
-            mode = partial.stat().st_mode  # safetensors lets nobody but the owner read what it writes
-            save_file(tensors, partial, metadata={"understudy": json.dumps(header, sort_keys=True)})
-            partial.chmod(mode)
+            _write(partial, tensors, {"understudy": json.dumps(header, sort_keys=True)})
             os.replace(partial, target)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise OutputError(f"{target}: cannot be written ({reason(error)})") from None
@@ -95,7 +89,8 @@ class Stats:
 def load_stats(path: str | os.PathLike[str], only: Collection[str] | None = None) -> Stats:
     """Read what `Stats.save` wrote; `only` these fields of `ExpertStats` and no probes, the other fields are then None.
 
-    The vectors are nearly all of the file, and planning does without them.
+    The vectors are nearly all of the file, and planning does without them. Fields of `MAPPED` may be many gigabytes:
+    they are read-only maps of the file, of which only what is looked at is read.
 
     Raises:
         StatsError: no such file, not statistics, or of another format version.
@@ -111,7 +106,9 @@ def load_stats(path: str | os.PathLike[str], only: Collection[str] | None = None
             if header.get("format") != FORMAT:
                 raise StatsError(f"{file}: statistics of format {header.get('format')}, this version reads {FORMAT}")
             wanted = [name for name in f.keys() if only is None or name.rsplit(".", 1)[-1] in only]  # noqa: SIM118
-            tensors = {name: f.get_tensor(name) for name in wanted}
+            large = [name for name in wanted if name.rsplit(".", 1)[-1] in MAPPED]
+            tensors = {name: f.get_tensor(name) for name in wanted if name not in large}
+        tensors |= _mapped(file, large)
         model, data = ModelFacts.model_validate(header["model"]), header["data"]
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError, ValidationError) as error:
         why = " ".join(str(error).split())[:200]
@@ -123,7 +120,7 @@ def load_stats(path: str | os.PathLike[str], only: Collection[str] | None = None
         part = _under(tensors, f"layers.{key}.")
         if missing := [n for n in needed if n not in part]:
             raise StatsError(f"{file}: layer {key} lacks {', '.join(missing)}; calibrate again")
-        layers[key] = ExpertStats(**{n: part[n].astype(exact_in(n)) if n in part else None for n in known})
+        layers[key] = ExpertStats(**{n: part[n].astype(exact_in(n), copy=False) if n in part else None for n in known})
         if probe := _under(part, "probe."):
             probes[key] = Probe(**probe)
     return Stats(model, data, layers, probes)
@@ -143,11 +140,49 @@ def require(stats: Stats, needs: Collection[str], what: str) -> None:
         how = "calibrate again; if they still lack it, this family does not show it"
         if stats.data.get("weights_only") and group not in ("weights", "base"):
             how = "they are of the weights alone, so calibrate on text"
-        elif group in EXTRA:
-            how = f"calibrate with --collect {group}"
+        elif groups := [x for x in EXTRA if x in groups_for(lacking)]:
+            how = f"calibrate with --collect {','.join(groups)}"
         elif group == "base":
             how = "calibrate with --base MODEL, the checkpoint that this one was trained from"
         raise StatsError(f"{what} needs {', '.join(lacking)}, which the statistics of layer {key} lack; {how}")
+
+
+def _write(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file one tensor after the other; safetensors' own would copy all of them first."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # wide first: each is aligned to its size
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        dtype = tensors[name].dtype
+        table[name] = {
+            "dtype": {"f": "F", "i": "I"}[dtype.kind] + str(8 * dtype.itemsize),
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    head = json.dumps(table, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with file.open("wb") as f:
+        f.write(len(head).to_bytes(8, "little") + head)
+        for name in names:
+            f.write(tensors[name].reshape(-1).view(np.uint8).data)
+
+
+def _mapped(file: Path, names: Collection[str]) -> dict[str, np.ndarray]:
+    """Map float32 tensors of a safetensors file, whose header was found to be sound."""
+    if not names:
+        return {}
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+    found: dict[str, np.ndarray] = {}
+    for name in names:
+        entry = header[name]
+        start, shape = 8 + length + entry["data_offsets"][0], tuple(entry["shape"])
+        if entry["dtype"] != "F32" or 0 in shape:  # neither is what `save` writes of a family with neurons
+            raise KeyError(name)
+        found[name] = np.memmap(file, np.float32, "r", start, shape)
+    return found
 
 
 def _stored_dtype(name: str) -> type:

@@ -3,8 +3,9 @@
 Letters: E experts, H hidden size, I expert width, K top-k, S distinct sets; g the gate (the weight that the router
 gives a route at the seam, renormalised where the family does so), y the output of an expert before its gate, h its
 activations (what enters `down_proj`), d the gradient of the loss with respect to h, r the router's logits, N tokens,
-`FEW` at most; for Compressed Experts a the share of an expert in the gates of a token's auxiliary experts, V numbers of
-an expert's vectors (H, or what enters gate, up and down together).
+`FEW` at most; W the matrix of `down_proj`, u the gradient of the loss with respect to what the routed experts put out
+together for a token; for Compressed Experts a the share of an expert in the gates of a token's auxiliary experts, V
+numbers of an expert's vectors (H, or what enters gate, up and down together).
 
 Groups other than the first are there when they were collected and the family allows it; else their fields are None.
 """
@@ -26,7 +27,10 @@ _VECTORS = (
     "dense_sum",
     "modulation_sum",
 )  # as long as experts times the hidden size: stored in float32
-_SERIES = ("dense_activations",)  # longer still, some 2% of the weights: float32 in memory too
+# longer still, up to as large as the weights: float32 in memory too
+_SERIES = ("dense_activations", "activation_gram", "down_gram", "gradient_gram", "gradient_down_gram")
+# of those, what is read from its file when it is looked at, not before
+MAPPED = ("activation_gram", "down_gram", "gradient_gram", "gradient_down_gram")
 
 
 def optional(group: str, merge: str = "sum") -> Any:
@@ -97,6 +101,13 @@ class ExpertStats:
 
     gradient_sq_sum: Any = optional("gradients")  # [E, I] sum d^2
     effect_sq_sum: Any = optional("gradients")  # [E, I] sum (h d)^2
+
+    activation_gram: Any = optional("grams")  # [E, I, I] sum g^2 h h^T
+    down_gram: Any = optional("grams", "same")  # [E, I, I] W^T W
+    # with grams only
+    gradient_tokens: Any = optional("gradients")  # [] tokens that u was seen of
+    gradient_gram: Any = optional("gradients")  # [H, H] sum over all tokens of u u^T
+    gradient_down_gram: Any = optional("gradients")  # [E, I, I] sum over all tokens of (W^T u) (W^T u)^T
 
     # vectors minus one that were fitted to each part of the sample, times sum a there: merged they are averages
     modulation_sum: Any = optional("modulation")  # [E, V]

@@ -12,6 +12,7 @@ from typing import Any
 from understudy.condensed.cutting import cut_condensed
 from understudy.cut import LayerCut, LayerSource, Make, Outline, Workshop, cut_stand_ins, materialised
 from understudy.entries import Entry, ids_of
+from understudy.errors import NumericError
 from understudy.experts import copied, install
 from understudy.full_size import at_full_size, check_ordinary
 from understudy.kinds import get_kind, stand_ins_of
@@ -181,7 +182,10 @@ def made(
     made = copied(experts)
     install(made, stand_ins, layer.num_experts)
     for name, entry in kinds.items():
-        get_kind(name).fill(made, experts, entry, how.get(name, {}), stats)
+        try:
+            get_kind(name).fill(made, experts, entry, how.get(name, {}), stats)
+        except NumericError as error:
+            raise NumericError(f"layer {layer.key}: {error}") from None
     return made
 
 

@@ -25,7 +25,7 @@ experts in a narrower space) these two sums are left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +55,52 @@ _SUMS = (
 _MAX = "gated_activation_sq_max"
 
 
+class Activations:
+    """What the neurons of an experts module do on the routes that a tap shows.
+
+    Several may watch one module; each leaves it as it found it, so the last to begin has to be the first to end.
+    """
+
+    def __init__(self, experts: Any) -> None:
+        self.experts = experts
+        self._seen: _Seen | None = None
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Watch the gating function while the context is open, where all routes pass through one call of it."""
+        experts = self.experts
+        if shown_width(experts) is None or not runs_grouped(experts):
+            yield
+            return
+        name = "_apply_gate" if experts.has_gate else "act_fn"
+        own, hidden = getattr(experts, name), experts.__dict__.get(name)
+
+        def observed(projected: torch.Tensor) -> torch.Tensor:
+            activations: torch.Tensor = own(projected)
+            self._seen = projected, activations
+            return activations
+
+        experts.__dict__[name] = observed  # set past nn.Module's bookkeeping; hides what is there
+        try:
+            yield
+        finally:
+            if hidden is None:
+                del experts.__dict__[name]
+            else:
+                experts.__dict__[name] = hidden
+
+    def of(self, routes: Routes) -> Callable[[int, slice], _Seen]:
+        """Return what gives `(expert, its routes)` what its first matrices put out and its activations."""
+        seen, self._seen = _chosen(self._seen, routes), None
+
+        def parts(expert: int, mine: slice) -> _Seen:
+            if seen is None:
+                return activations(self.experts, expert, routes.hidden_TH[routes.token_N[mine]])
+            return seen[0][mine], seen[1][mine]
+
+        return parts
+
+
 class Channels(Stream):
     """Sums over the activations of each expert's neurons, and MoE-Slimming's and TENP's over each expert."""
 
@@ -68,7 +114,7 @@ class Channels(Stream):
         self._sums = {name: torch.zeros(shape, dtype=torch.float64, device=self._device) for name in (*_SUMS, _MAX)}
         self._towards_E, self._effect_E = (torch.zeros(E, dtype=torch.float64, device=self._device) for _ in range(2))
         self._local_loss = 0.0
-        self._seen: _Seen | None = None
+        self._watched = Activations(resident.experts)
 
     def _forget(self) -> None:
         super()._forget()
@@ -77,40 +123,21 @@ class Channels(Stream):
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Also watch the gating function, where all routes pass through one call of it."""
-        experts = self.resident.experts
-        with super().attached():
-            if self._width is None or not runs_grouped(experts):
-                yield
-                return
-            name = "_apply_gate" if experts.has_gate else "act_fn"
-            own = getattr(experts, name)
-
-            def observed(projected: torch.Tensor) -> torch.Tensor:
-                activations: torch.Tensor = own(projected)
-                self._seen = projected, activations
-                return activations
-
-            experts.__dict__[name] = observed  # set past nn.Module's bookkeeping; hides what is there
-            try:
-                yield
-            finally:
-                del experts.__dict__[name]
+        with super().attached(), self._watched.attached():
+            yield
 
     def hear(self, routes: Routes) -> None:
         """Add up what the neurons did, and keep the routes until the layer is through."""
         self._kept.append((routes, self._heard))
         super().hear(routes)
-        seen, self._seen = _chosen(self._seen, routes), None
-        for expert, mine in _by_expert(routes.ids_N):
+        watched = self._watched.of(routes)
+        for expert, mine in slices(routes.ids_N):
             x_nH, y_nH = routes.hidden_TH[routes.token_N[mine]], routes.output_NH[mine].float()
             g_n, norm_n = routes.gates_N[mine].float(), routes.norm_N[mine]
             self._towards_E[expert] += _towards(x_nH.float(), y_nH, g_n, norm_n)
             if self._width is None:
                 continue
-            if seen is None:
-                projected_nP, h_nI = activations(self.resident.experts, expert, x_nH)
-            else:
-                projected_nP, h_nI = (part[mine] for part in seen)
+            projected_nP, h_nI = watched(expert, mine)
             self._add(expert, projected_nP, h_nI.float(), y_nH / torch.where(norm_n > 0, norm_n, 1)[:, None], g_n)
 
     def _add(
@@ -145,7 +172,7 @@ class Channels(Stream):
         self._local_loss += (1 - _SCALE) ** 2 * float((pull_TH * r_TH).sum(dtype=torch.float64))
         pull_TH *= 2 * _SCALE * (1 - _SCALE)
         for routes, before in kept:
-            for expert, mine in _by_expert(routes.ids_N):
+            for expert, mine in slices(routes.ids_N):
                 g_n1, y_nH = routes.gates_N[mine].float()[:, None], routes.output_NH[mine].float()
                 effect_nH = pull_TH[before + routes.token_N[mine]] * g_n1 * y_nH
                 self._effect_E[expert] += _clipped(effect_nH).sum(dtype=torch.float64)
@@ -174,7 +201,7 @@ def shown_width(experts: Any) -> int | None:
         return None
 
 
-def _by_expert(ids_N: torch.Tensor) -> Iterator[tuple[int, slice]]:
+def slices(ids_N: torch.Tensor) -> Iterator[tuple[int, slice]]:
     """Give each expert with its routes, which lie together."""
     start = 0
     for expert, count in enumerate(torch.bincount(ids_N).tolist()):

@@ -3,7 +3,8 @@
 It is no collector of the walk forward, which knows no loss: it watches a layer that is run again with gradients.
 
 Letters: E experts, I expert width, N routes sorted by expert; h the activations of an expert, d the gradient of the
-loss with respect to h. The gate is in d, as it multiplies the expert's output.
+loss with respect to h. The gate is in d, as it multiplies the expert's output. H hidden size, T tokens; u the gradient
+with respect to what the routed experts put out together for a token, W the matrix of `down_proj`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from understudy.channels import channel_views
 from understudy.errors import UnsupportedModelError
 from understudy.tap import runs_grouped
 
@@ -25,19 +27,22 @@ class Gradients:
     Args:
         experts: the live experts module.
         num_experts: E.
+        grams: also sum up the products of gradients at the output, float64 while they are added up.
 
     Raises:
         UnsupportedModelError: the module does not show its activations.
     """
 
-    def __init__(self, experts: Any, num_experts: int) -> None:
-        self.experts, self.num_experts = experts, num_experts
+    def __init__(self, experts: Any, num_experts: int, grams: bool = False) -> None:
+        self.experts, self.num_experts, self.grams = experts, num_experts, grams
         if not runs_grouped(experts):
             raise UnsupportedModelError(
                 f"{type(experts).__name__} does not run transformers' grouped experts, and only there the gradients of "
                 "its activations are seen; leave --experts at auto, or calibrate without --collect gradients"
             )
         self._sums: torch.Tensor | None = None  # [2, E, I] float64
+        self._gram_HH: torch.Tensor | None = None
+        self._tokens = 0
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -49,7 +54,10 @@ class Gradients:
         def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
             ids_N, order_N = torch.sort(top_k_index.reshape(-1))  # as the implementation sorts them
             routes.append((ids_N, top_k_weights.detach().reshape(-1)[order_N] != 0))
-            return own_forward(hidden_states, top_k_index, top_k_weights)
+            output_TH = own_forward(hidden_states, top_k_index, top_k_weights)
+            if self.grams:
+                output_TH.register_hook(self._add_output)
+            return output_TH
 
         def activation(projected: torch.Tensor) -> torch.Tensor:
             h_NI = own_activation(projected)
@@ -81,8 +89,23 @@ class Gradients:
                 self._sums[1, expert] += effect.square_().sum(0)
                 start += count
 
-    def sums(self) -> dict[str, np.ndarray]:
-        """Return `gradient_sq_sum` and `effect_sq_sum`, `[E, I]` float64."""
+    def _add_output(self, u_TH: torch.Tensor) -> None:
+        u_TH = u_TH.reshape(-1, u_TH.shape[-1]).float()
+        if self._gram_HH is None:
+            self._gram_HH = torch.zeros(u_TH.shape[1], u_TH.shape[1], dtype=torch.float64, device=u_TH.device)
+        self._gram_HH += u_TH.T @ u_TH
+        self._tokens += len(u_TH)
+
+    def sums(self) -> dict[str, Any]:
+        """Return `gradient_sq_sum` and `effect_sq_sum`, `[E, I]` float64, and the grams; the layer is still there."""
         assert self._sums is not None, "the layer was never run"
         gradient, effect = self._sums.cpu().numpy()
-        return {"gradient_sq_sum": gradient, "effect_sq_sum": effect}
+        found: dict[str, Any] = {"gradient_sq_sum": gradient, "effect_sq_sum": effect}
+        if self._gram_HH is None:
+            return found
+        gram_HH = self._gram_HH.float()
+        down = [w_IH.float() for w_IH in channel_views(self.experts)["down"]]
+        found["gradient_tokens"] = np.float64(self._tokens)
+        found["gradient_gram"] = gram_HH.cpu().numpy()
+        found["gradient_down_gram"] = torch.stack([(w_IH @ gram_HH @ w_IH.T).cpu() for w_IH in down]).numpy()
+        return found

@@ -1,8 +1,8 @@
 """`slim`: an expert keeps some of its neurons, gate and up rows and down columns together; the others answer zero.
 
 Sources: HEAPr (arXiv 2509.22299), CAMERA-P (arXiv 2508.02322), MoE-Slimming (arXiv 2606.18304), TENP (arXiv
-2606.09885); with a constant, FLAP (arXiv 2312.11983). How many neurons each expert keeps is in the plan; which ones, a
-channel score tells.
+2606.09885); with a constant, FLAP (arXiv 2312.11983); refitted, see `refit`. How many neurons each expert keeps is in
+the plan; which ones, a channel score tells.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ORDER = "camera"
+_REFIT_NEEDS = {"count", "gate_sq_sum", "gated_activation_sum", "activation_gram"}
 
 
 class Slim(Kind):
@@ -31,6 +32,8 @@ class Slim(Kind):
     Settings in a plan:
         order: name of the channel score; the neurons that rank highest in their expert stay, of equals the first.
         constant: what the dropped neurons answer on average over the routed tokens is added (FLAP).
+        refit: the down columns of the neurons that stay take over what they can of the others, weighted by gate^2, and
+            the constant is what is then missing on average. It comes with `constant` only.
     """
 
     name = "slim"
@@ -39,8 +42,8 @@ class Slim(Kind):
     losers = False
     form = "numbers"
 
-    def __init__(self, order: str = _ORDER, constant: bool = False) -> None:
-        self.order, self.constant = order, constant
+    def __init__(self, order: str = _ORDER, constant: bool = False, refit: bool = False) -> None:
+        self.order, self.constant, self.refit = order, constant, refit
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -48,7 +51,8 @@ class Slim(Kind):
         from understudy.channel_scores import get_channel_score
 
         needs = set(get_channel_score(self.order).needs)
-        return tuple(sorted(needs | ({"count", "activation_sum"} if self.constant else set())))
+        of_constant = _REFIT_NEEDS if self.refit else {"count", "activation_sum"}
+        return tuple(sorted(needs | (of_constant if self.constant else set())))
 
     def having(self, how: Mapping[str, Any]) -> Slim:
         """Return the kind with the settings of a plan.
@@ -59,13 +63,16 @@ class Slim(Kind):
         from understudy.channel_scores import get_channel_score
 
         for name, value in how.items():
-            if name not in ("order", "constant"):
-                raise PlanError(f"how: slim has no setting {name!r}; it has order and constant")
-            if not isinstance(value, bool if name == "constant" else str):
-                like = "true or false" if name == "constant" else "the name of a channel score"
+            if name not in ("order", "constant", "refit"):
+                raise PlanError(f"how: slim has no setting {name!r}; it has order, constant and refit")
+            if not isinstance(value, str if name == "order" else bool):
+                like = "the name of a channel score" if name == "order" else "true or false"
                 raise PlanError(f"how: {name} of slim is {like}, not {value!r}")
         get_channel_score(how.get("order", self.order))
-        return Slim(**{"order": self.order, "constant": self.constant, **how})
+        kind = Slim(**{"order": self.order, "constant": self.constant, "refit": self.refit, **how})
+        if kind.refit and not kind.constant:
+            raise PlanError("how: refit of slim comes with a constant; add constant: true")
+        return kind
 
     def stored_bytes(self, layer: LayerFacts, entry: Entry) -> int:
         """Return the bytes of the neurons that stay, of what belongs to none of them, and of the constants."""
@@ -119,22 +126,25 @@ class Slim(Kind):
         """Copy the neurons that stay, in their own order, and write the constants."""
         import torch
 
-        from understudy.channels import neurons, rest, set_neurons, set_rest
+        from understudy.channels import channel_views, neurons, rest, set_neurons, set_rest
 
         kind = self.having(how)
         kind._check_family(source)
         for expert, kept in kind._kept(source, entry, stats).items():
             bias = rest(source, expert)
+            columns, vector_H = kind._fitted(source, expert, kept, stats)
             if len(kept):
                 place, row = made.slim_place(expert)
                 set_neurons(place, row, neurons(source, expert)[kept])
                 set_rest(place, row, bias)
+                if columns is not None:
+                    channel_views(place)["down"][row].copy_(columns)
             if made.stand_ins[expert].constant:
                 vector = torch.zeros(made.constants.shape[1], device=made.constants.device)
                 if not len(kept):
                     vector += bias.float() if len(bias) else 0
-                if kind.constant:
-                    vector += kind._constant(source, expert, kept, stats)
+                if vector_H is not None:
+                    vector += vector_H.to(vector.device)
                 made.constants.data[made.constant_row(expert)] = vector.to(made.constants.dtype)
 
     def reference(
@@ -142,7 +152,8 @@ class Slim(Kind):
     ) -> Tensor:
         """Return what the whole expert answers tokens `[n, H]` with the dropped down columns zeroed: `[n, H]` float32.
 
-        With a constant, the dropped columns at their mean activation, one by one.
+        With a constant, the dropped columns at their mean activation, one by one. Refitted, by solving ridge regression
+        as it is written down.
         """
         import torch
 
@@ -155,9 +166,13 @@ class Slim(Kind):
         masked = sliced(source, [expert], torch.arange(width)[None])
         down = channel_views(masked)["down"][0]
         constant = torch.zeros(down.shape[1])
+        if kind.refit and stats is not None and stats.count[expert]:
+            columns, c = _ridge(stats, expert, down.double().cpu().numpy(), sorted(kept))
+            down[sorted(kept)] = torch.from_numpy(columns).to(down)
+            constant += torch.from_numpy(c)
         for k in range(width):
             if k not in kept:
-                if kind.constant and stats is not None and stats.count[expert]:
+                if kind.constant and not kind.refit and stats is not None and stats.count[expert]:
                     mean = float(stats.activation_sum[expert, k] / stats.count[expert])
                     constant += mean * down[k].float().cpu()
                 down[k] = 0
@@ -195,6 +210,31 @@ class Slim(Kind):
         best = np.argsort(-score, axis=1, kind="stable")
         return {e: torch.from_numpy(np.sort(best[e, :width])) for e, width in _widths(entry).items()}
 
+    def _fitted(
+        self, source: Any, expert: int, kept: Tensor, stats: ExpertStats | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Down columns `[n, H]` of the neurons that stay and the constant `[H]`, each None where it is not asked for.
+
+        Raises:
+            NumericError: they are NaN or infinite.
+        """
+        import torch
+
+        from understudy.channels import channel_views
+        from understudy.refit import centred, refitted
+
+        if not self.refit:
+            return None, self._constant(source, expert, kept, stats) if self.constant else None
+        assert stats is not None
+        sums = (stats.activation_gram, stats.gated_activation_sum, stats.gate_sq_sum)
+        moment, mean = centred(*(part[expert] for part in sums))
+        down = channel_views(source)["down"][expert].double().cpu().numpy()
+        columns, constant = refitted(moment, mean, down, kept.numpy())
+        found = torch.from_numpy(columns).float(), torch.from_numpy(constant).float()
+        if not all(bool(part.isfinite().all()) for part in found):
+            raise NumericError(f"slim: what is refitted of expert {expert} is NaN or infinite; calibrate again")
+        return found
+
     def _constant(self, source: Any, expert: int, kept: Tensor, stats: ExpertStats | None) -> Tensor:
         """What the dropped neurons answer at their mean activation over the routed tokens, `[H]` float32."""
         import torch
@@ -213,6 +253,22 @@ class Slim(Kind):
                 f"slim with a constant is not possible: {type(source).__name__} normalises what an expert puts out, "
                 "and the constant would come after that; set constant: false"
             )
+
+
+def _ridge(stats: ExpertStats, expert: int, down: np.ndarray, kept: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Down columns of the neurons that stay and the constant of an expert, with its whole `down` `[I, H]`."""
+    from understudy.refit import LOST, RIDGE
+
+    mean = stats.gated_activation_sum[expert] / stats.gate_sq_sum[expert]
+    A = stats.activation_gram[expert].astype(np.float64) - stats.gate_sq_sum[expert] * np.outer(mean, mean)
+    whole = float(stats.activation_gram[expert].diagonal().mean())
+    r = max(RIDGE * A.diagonal().mean(), LOST * whole)
+    if not kept:
+        return down[:0], mean @ down
+    if np.maximum(A.diagonal(), 0).mean() <= LOST * whole:  # one token, say
+        return down[kept], mean @ down - mean[kept] @ down[kept]
+    D = np.linalg.solve(A[kept][:, kept] + r * np.eye(len(kept)), A[kept] @ down + r * down[kept])
+    return D, mean @ down - mean[kept] @ D
 
 
 def _widths(entry: Entry) -> dict[int, int]:
