@@ -277,7 +277,8 @@ def install(experts: Any, stand_ins: Mapping[int, StandIn], num_experts: int) ->
     experts.rows = _numbered(experts.kept)
     experts.rows |= {e: experts.rows[s.into] for e, s in stand_ins.items() if s.format == MERGED and s.into is not None}
     experts.num_experts = len(kept)
-    experts._is_expert_parallel = True  # makes the id K legal: "an expert of another rank"
+    # makes the id K legal, "an expert of another rank", for two more passes over what all routes answer
+    experts._is_expert_parallel = bool(stand_ins)
     experts._maps = {}
     experts.__class__ = _subclass(type(experts))
 
