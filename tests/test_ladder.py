@@ -38,7 +38,7 @@ from understudy.virtual import made, planned
 
 FAMILIES = ["olmoe", "gpt_oss", "nemotron_h", "deepseek_v3", "mixtral"]
 ALL = ("channels", "grams", "gradients")
-MAPS = ("activation_gram", "down_gram", "gradient_gram", "gradient_down_gram")
+MAPS = ("activation_gram", "down_gram", "gradient_down_gram")
 DEMO = Path(__file__).parents[1] / "examples" / "demo"
 
 
@@ -191,7 +191,6 @@ def slow_grams(folder: Path, stats: Stats, ids: torch.Tensor) -> dict[str, dict[
         found[key] = {
             "activation_gram": gram,
             "down_gram": torch.stack([w.T @ w for w in down]).numpy(),
-            "gradient_gram": (u.T @ u).numpy(),
             "gradient_down_gram": metric.numpy(),
         }
     return found

@@ -40,7 +40,6 @@ _SHAPES = {
     "activation_gram": "EII",
     "down_gram": "EII",
     "gradient_tokens": "",
-    "gradient_gram": "HH",
     "gradient_down_gram": "EII",
     "attribution_sum": "E",
     "towards_sum": "E",

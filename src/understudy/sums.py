@@ -28,9 +28,9 @@ _VECTORS = (
     "modulation_sum",
 )  # as long as experts times the hidden size: stored in float32
 # longer still, up to as large as the weights: float32 in memory too
-_SERIES = ("dense_activations", "activation_gram", "down_gram", "gradient_gram", "gradient_down_gram")
+_SERIES = ("dense_activations", "activation_gram", "down_gram", "gradient_down_gram")
 # of those, what is read from its file when it is looked at, not before
-MAPPED = ("activation_gram", "down_gram", "gradient_gram", "gradient_down_gram")
+MAPPED = ("activation_gram", "down_gram", "gradient_down_gram")
 
 
 def optional(group: str, merge: str = "sum") -> Any:
@@ -106,7 +106,6 @@ class ExpertStats:
     down_gram: Any = optional("grams", "same")  # [E, I, I] W^T W
     # with grams only
     gradient_tokens: Any = optional("gradients")  # [] tokens that u was seen of
-    gradient_gram: Any = optional("gradients")  # [H, H] sum over all tokens of u u^T
     gradient_down_gram: Any = optional("gradients")  # [E, I, I] sum over all tokens of (W^T u) (W^T u)^T
 
     # vectors minus one that were fitted to each part of the sample, times sum a there: merged they are averages

@@ -106,6 +106,5 @@ class Gradients:
         gram_HH = self._gram_HH.float()
         down = [w_IH.float() for w_IH in channel_views(self.experts)["down"]]
         found["gradient_tokens"] = np.float64(self._tokens)
-        found["gradient_gram"] = gram_HH.cpu().numpy()
         found["gradient_down_gram"] = torch.stack([(w_IH @ gram_HH @ w_IH.T).cpu() for w_IH in down]).numpy()
         return found
