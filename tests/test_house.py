@@ -15,7 +15,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Imports go down, or stay on their floor.
 FLOORS = [
     # ground: plain data and errors
-    "_version comparison entries errors facts metrics plans recipe registry rehearsal standins stats summary sums held",
+    "_version comparison entries errors facts headers metrics plans recipe registry rehearsal standins stats summary "
+    "sums held",
     # the model: find, observe, stream, read and write
     "moe absent experts channels collection collectors backward removal loading skeleton "
     "stacking layout walk activations tap weights checkpoint shards cut data sources tokens "

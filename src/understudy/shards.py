@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from understudy.checkpoint import INDEX, SINGLE, Checkpoint
 from understudy.errors import OutputError, reason
 from understudy.facts import format_bytes
+from understudy.headers import head_of
 from understudy.weights import DTYPES, TensorEntry, Weights
 
 CHUNK = 8 << 20
@@ -123,7 +124,7 @@ def write_folder(
             name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             weight_map.update(dict.fromkeys((p.name for p in shard), name))
             with (folder / name).open("wb", buffering=0) as out:
-                _write_all(out, _header(shard))
+                _write_all(out, head_of(((p.name, p.dtype, p.shape, p.nbytes) for p in shard), {"format": "pt"}))
                 for piece in shard:
                     for part in piece.parts:
                         _copy(part, source, out)
@@ -157,20 +158,7 @@ def _split(pieces: Sequence[Piece], max_shard: int) -> list[list[Piece]]:
             size = 0
         shards[-1].append(piece)
         size += piece.nbytes
-    # Wide elements first keeps every tensor aligned to its own element size, as readers that map files expect.
     return [sorted(shard, key=lambda p: -DTYPES[p.dtype][1]) for shard in shards]
-
-
-def _header(shard: Sequence[Piece]) -> bytes:
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for piece in shard:
-        end = start + piece.nbytes
-        table[piece.name] = {"dtype": piece.dtype, "shape": list(piece.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _copy(part: Part, source: Weights, out: BinaryIO) -> None:

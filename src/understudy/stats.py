@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from understudy.errors import OutputError, StatsError, reason
 from understudy.facts import ModelFacts
+from understudy.headers import head_of
 from understudy.sums import MAPPED, exact_in, group_of, groups_for, is_vector, required_fields
 from understudy.sums import ExpertStats as ExpertStats
 
@@ -149,21 +150,11 @@ def require(stats: Stats, needs: Collection[str], what: str) -> None:
 
 def _write(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file one tensor after the other; safetensors' own would copy all of them first."""
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # wide first: each is aligned to its size
-    table: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in names:
-        start, end = end, end + tensors[name].nbytes
-        dtype = tensors[name].dtype
-        table[name] = {
-            "dtype": {"f": "F", "i": "I"}[dtype.kind] + str(8 * dtype.itemsize),
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
-    head = json.dumps(table, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    kinds = {"f": "F", "i": "I"}
+    dtypes = {name: f"{kinds[tensors[name].dtype.kind]}{8 * tensors[name].itemsize}" for name in names}
     with file.open("wb") as f:
-        f.write(len(head).to_bytes(8, "little") + head)
+        f.write(head_of(((n, dtypes[n], tensors[n].shape, tensors[n].nbytes) for n in names), metadata))
         for name in names:
             f.write(tensors[name].reshape(-1).view(np.uint8).data)
 
