@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,12 @@ from understudy.errors import PlanError
 from understudy.facts import LayerFacts, ModelFacts, format_bytes, parse_bytes
 from understudy.kinds import added_bytes
 from understudy.recipe import Selection
+
+
+def one_of(settings: Sequence[str]) -> PlanError:
+    """Return the error for none, or more than one, of the settings that say how much goes."""
+    *others, last = (f"--{name.replace('_', '-')}" for name in settings)
+    return PlanError(f"give one of {', '.join(others)} and {last}")
 
 
 @dataclass(frozen=True)

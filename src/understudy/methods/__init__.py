@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from understudy.entries import Entry
+from understudy.errors import PlanError
 from understudy.facts import LayerFacts
-from understudy.kinds import Kind
+from understudy.kinds import Kind, get_kind
 from understudy.recipe import Scope, Search, Selection
 from understudy.registry import discover, lookup
 from understudy.resuming import Left
@@ -122,6 +123,18 @@ class Method:
     sequential: bool = False
     shrinks: bool = True
     fades: bool = False
+
+
+def kind_of(method: Method, wanted: str | None) -> Kind:
+    """Return the kind that a method makes: as asked for, or its own.
+
+    Raises:
+        PlanError: there is no such kind, or the method cannot make it.
+    """
+    kind = get_kind(wanted or method.kind)
+    if kind.name not in method.kinds:
+        raise PlanError(f"{method.name} cannot make {kind.name}; use --kind {' or '.join(method.kinds)}")
+    return kind
 
 
 def scope_of(method: Method, settings: Selection) -> Scope:

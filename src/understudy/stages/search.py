@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from understudy.activations import ActivationStore
+from understudy.budgets import one_of
 from understudy.checkpoint import resolve
 from understudy.data import Blocks, token_blocks
 from understudy.errors import OutputError, PlanError
 from understudy.evolution import Counts, Evolution, evolve
 from understudy.facts import LayerFacts, ModelFacts, parse_bytes
 from understudy.kinds import check_plan, expected_bytes, get_kind
-from understudy.methods import Problem, Task, get_method
+from understudy.methods import Problem, Task, get_method, kind_of
 from understudy.plans import Plan, PlanModel
 from understudy.protection import layers_named
 from understudy.quality import overlap
@@ -80,98 +81,95 @@ def search(
     target = Path(out)
     if target.exists():
         raise OutputError(f"{target} exists already; choose another --out or remove it")
-    known, parent = load_stats(stats), file_hash(stats)
-    report = progress or (lambda what, done, total: None)
-    if get_method(selection.method).search is None:
-        return _evolved(model, known, parent, selection, settings, target, report)
-    return _by_method(model, known, parent, selection, settings, target, report)
+    asked = _Asked(model, load_stats(stats), file_hash(stats), selection, settings, target, progress or _silent)
+    return _evolved(asked) if get_method(selection.method).search is None else _by_method(asked)
 
 
-def _evolved(
-    model: str | os.PathLike[str],
-    known: Stats,
-    parent: str,
-    selection: Selection,
-    settings: Search,
-    target: Path,
-    report: Progress,
-) -> Searched:
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is searched for, with what, and where the plan goes; `parent` is the hash of the statistics."""
+
+    model: str | os.PathLike[str]
+    stats: Stats
+    parent: str
+    selection: Selection
+    settings: Search
+    target: Path
+    report: Progress
+
+    def opened(self) -> tuple[Skeleton, Blocks]:
+        """Open the model, and draw the text."""
+        s = self.settings
+        folder, trust = resolve(self.model), s.trust_remote_code
+        source = Skeleton(folder, dtype=s.dtype, device=s.device, trust_remote_code=trust)
+        drawn = {"seq_len": s.seq_len, "samples": s.samples, "seed": s.seed}
+        return source, token_blocks(s.data, load_tokenizer(folder, trust), **drawn)
+
+    def left(self, blocks: Blocks) -> Left:
+        """Take up what an interrupted search of the same settings left; how long it was to go on does not matter."""
+        given = self.settings.model_dump(exclude={"generations", "activation_memory"}), self.selection.model_dump()
+        found = Left(
+            self.target.with_name(f".{self.target.name}.search.json"),
+            [self.stats.model.fingerprint, blocks.digest, self.parent, *given],
+        )
+        if found.values:
+            logger.info("going on with an interrupted search, %s", found.file)
+        return found
+
+
+def _evolved(asked: _Asked) -> Searched:
     """Let the number of experts that each layer gives up evolve."""
-    start = _Start.of(known, selection, settings, parent)
-    source, blocks = _opened(model, settings)
-    left = _left(target, known, parent, blocks, selection, settings)
-    race = _Race(source, blocks, known, start, settings, left)
+    facts, settings = asked.stats.model, asked.settings
+    start = _Start.of(asked.stats, asked.selection, settings, asked.parent)
+    source, blocks = asked.opened()
+    left = asked.left(blocks)
+    race = _Race(source, blocks, asked.stats, start, settings, left)
     evolution = Evolution(settings.generations, settings.population, seed=settings.seed)
-    best = evolve(start.counts, start.most, race.fitness, evolution, partial(_done, report, settings.generations))
+    done = partial(_done, asked.report, settings.generations)
+    best = evolve(start.counts, start.most, race.fitness, evolution, done)
     plan = start.plan(best)
-    plan.save(target)
+    plan.save(asked.target)
     left.end()
     fitness, before, tried = race.known[best], race.known[start.counts], len(race.known)
     note = f"shares {fitness:.4f} of probability with the original, equal layers {before:.4f} ({tried} plans tried)"
-    return Searched(plan, known.model, expected_bytes(plan, known.model), (note,), fitness, before, tried)
+    return Searched(plan, facts, expected_bytes(plan, facts), (note,), fitness, before, tried)
 
 
-def _by_method(
-    model: str | os.PathLike[str],
-    known: Stats,
-    parent: str,
-    selection: Selection,
-    settings: Search,
-    target: Path,
-    report: Progress,
-) -> Searched:
+def _by_method(asked: _Asked) -> Searched:
     """Let the method search."""
-    method = get_method(selection.method)
-    kind = get_kind(selection.kind or method.kind)
+    selection, facts, method = asked.selection, asked.stats.model, get_method(asked.selection.method)
+    kind = kind_of(method, selection.kind)
     assert method.search is not None
-    if kind.name not in method.kinds:
-        raise PlanError(f"{method.name} cannot make {kind.name}; use --kind {' or '.join(method.kinds)}")
-    _refuse_idle(selection, settings, {*_SIZES, *method.options}, {"criterion", "dense_tokens"})
+    _refuse_idle(selection, asked.settings, {*_SIZES, *method.options}, {"criterion", "dense_tokens"})
     sizes = [name for name in _SIZES if name in method.options or name != "layers"]
     if sum(getattr(selection, name) is not None for name in sizes) != 1:
-        *others, last = (f"--{name.replace('_', '-')}" for name in sizes)
-        raise PlanError(f"give one of {', '.join(others)} and {last}")
-    problem = Problem(known, _open_layers(known, selection), selection, kind, None)
+        raise one_of(sizes)
+    problem = Problem(asked.stats, _open_layers(asked.stats, selection), selection, kind, None)
     if not problem.layers:
         raise PlanError("there is no layer to search over: each is kept, or saw no token in calibration")
     for key, layer in problem.layers.items():
         if why := kind.refuses(layer):
             raise PlanError(f"layer {key}: {kind.name} is not possible: {why}; name it in --keep-layers")
-    source, blocks = _opened(model, settings)
-    left = _left(target, known, parent, blocks, selection, settings)
-    choice = method.search(Task(problem, source, blocks, settings, report, left))
+    source, blocks = asked.opened()
+    left = asked.left(blocks)
+    choice = method.search(Task(problem, source, blocks, asked.settings, asked.report, left))
     chosen_by = selection.model_dump(include={*_SIZES, *method.options, "keep_layers"}, exclude_none=True)
     plan = Plan(
         method=method.name,
-        model=PlanModel.of(known.model),
-        stats=parent,
-        recipe=chosen_by | {"kind": kind.name, "search": settings.criterion},
+        model=PlanModel.of(facts),
+        stats=asked.parent,
+        recipe=chosen_by | {"kind": kind.name, "search": asked.settings.criterion},
         how=choice.how,
         layers=choice.layers,
     )
-    check_plan(plan, known.model)
-    plan.save(target)
+    check_plan(plan, facts)
+    plan.save(asked.target)
     left.end()
-    return Searched(plan, known.model, expected_bytes(plan, known.model), choice.notes)
-
-
-def _left(target: Path, known: Stats, parent: str, blocks: Blocks, selection: Selection, settings: Search) -> Left:
-    """Take up what an interrupted search of the same settings left; how long it was to go on does not matter."""
-    given = settings.model_dump(exclude={"generations", "activation_memory"}), selection.model_dump()
-    found = Left(
-        target.with_name(f".{target.name}.search.json"), [known.model.fingerprint, blocks.digest, parent, *given]
-    )
-    if found.values:
-        logger.info("going on with an interrupted search, %s", found.file)
-    return found
-
-
-def _opened(model: str | os.PathLike[str], settings: Search) -> tuple[Skeleton, Blocks]:
-    """Open the model, and draw the text."""
-    folder, trust = resolve(model), settings.trust_remote_code
-    source = Skeleton(folder, dtype=settings.dtype, device=settings.device, trust_remote_code=trust)
-    drawn = {"seq_len": settings.seq_len, "samples": settings.samples, "seed": settings.seed}
-    return source, token_blocks(settings.data, load_tokenizer(folder, trust), **drawn)
+    return Searched(plan, facts, expected_bytes(plan, facts), choice.notes)
 
 
 def _open_layers(stats: Stats, selection: Selection) -> dict[str, LayerFacts]:

@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from understudy.budgets import Target, target_of
+from understudy.budgets import Target, one_of, target_of
 from understudy.errors import PlanError, StatsError
 from understudy.facts import LayerFacts, ModelFacts
-from understudy.kinds import Kind, check_plan, expected_bytes, get_kind
-from understudy.methods import OPTIONAL, Choice, Method, Problem, get_method, scope_of
+from understudy.kinds import Kind, check_plan, expected_bytes
+from understudy.methods import OPTIONAL, Choice, Method, Problem, get_method, kind_of, scope_of
 from understudy.plans import Plan, PlanModel
 from understudy.protection import layers_named, refuse_touched, super_experts, super_note
 from understudy.ranking import choose_lowest, planning_needs
@@ -137,23 +137,20 @@ def check_settings(settings: Selection) -> tuple[Method, Kind, Score | None]:
         PlanError: an unknown name, a value out of range, or settings that do not go together.
     """
     method = get_method(settings.method)
-    kind, score = get_kind(settings.kind or method.kind), get_score(method.score) if method.score else None
+    kind, score = kind_of(method, settings.kind), get_score(method.score) if method.score else None
     budgets = ["ratio", "size", "model_ratio", *(["layers"] if "layers" in method.options else [])]
     given = [name for name in budgets if getattr(settings, name) is not None]
     if given and not method.shrinks:
         flag = given[0].replace("_", "-")
         raise PlanError(f"--{flag} has no effect on method {method.name}, which removes nothing; leave it out")
     if len(given) != 1 and method.shrinks:
-        *others, last = (f"--{name.replace('_', '-')}" for name in budgets)
-        raise PlanError(f"give one of {', '.join(others)} and {last}")
+        raise one_of(budgets)
     if settings.ratio is not None and not 0 <= settings.ratio < 1:
         raise PlanError(f"ratio {settings.ratio:g} is not a share of the experts; give 0 or more and less than 1")
     if settings.model_ratio is not None and not 0 <= settings.model_ratio < 1:
         raise PlanError(
             f"model ratio {settings.model_ratio:g} is not a share of the parameters; give 0 or more and less than 1"
         )
-    if kind.name not in method.kinds:
-        raise PlanError(f"{method.name} cannot make {kind.name}; use --kind {' or '.join(method.kinds)}")
     scope = scope_of(method, settings)
     if scope not in method.scopes:
         raise PlanError(f"{method.name} does not select by {scope}; use --scope {' or '.join(method.scopes)}")
