@@ -54,7 +54,7 @@ class _AfterTransformers(importlib.abc.MetaPathFinder):
                 execute(module)
                 importlib.import_module("understudy.loading").hook()
 
-            spec.loader.exec_module = exec_then_hook  # type: ignore[method-assign]
+            spec.loader.exec_module = exec_then_hook  # type: ignore[method-assign]  # of this loader alone
         return spec
 
 

@@ -73,7 +73,7 @@ def command(name: str, view: str) -> Callable[[Callable[..., dict[str, Any] | No
                 raise typer.Exit(screen.fail(error)) from None
 
         parameters = [*own, *flags(models.values()).values(), keyword("json", AsJson, False)]
-        run.__signature__ = introspection.Signature(parameters)  # type: ignore[attr-defined]
+        run.__signature__ = introspection.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
         run.__annotations__ = {}
         app.command(name, help=function.__doc__)(run)
         return run

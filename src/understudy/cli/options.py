@@ -52,7 +52,8 @@ def build(models: Mapping[str, Settings], given: dict[str, Any]) -> dict[str, Ba
     """
     built = {}
     for parameter, model in models.items():
-        built[parameter] = settings_from(model, None, {name: given[name] for name in model.model_fields})  # type: ignore[type-var]
+        mine = {name: given[name] for name in model.model_fields}
+        built[parameter] = settings_from(model, None, mine)  # type: ignore[type-var]  # of settings, as `models` says
     for model in models.values():
         for name in model.model_fields:
             given.pop(name, None)

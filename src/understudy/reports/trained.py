@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from understudy.card import recover_command
 from understudy.errors import UnderstudyError
@@ -29,6 +29,13 @@ class Run(_Of):
     seconds: float
     peak_memory_bytes: int
 
+    @field_validator("losses")
+    @classmethod
+    def _steps(cls, value: list[dict[str, float]]) -> list[dict[str, float]]:
+        if not all("loss" in step for step in value):
+            raise ValueError("a step without its loss")
+        return value
+
     def loss(self, last: bool) -> float | None:
         """Return the mean loss of the first or the last tenth of the steps."""
         part = max(len(self.losses) // _SHARE, 1)
@@ -51,6 +58,12 @@ class Training(_Of):
     runs: list[Run]
     chosen: int
 
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Training:
+        if not 0 <= self.chosen < len(self.runs):
+            raise ValueError("no such run")
+        return self
+
 
 def trainings(record: dict[str, Any] | None, file: Path) -> list[Training]:
     """Return what `recovery.json` holds, the first training first.
@@ -63,9 +76,7 @@ def trainings(record: dict[str, Any] | None, file: Path) -> list[Training]:
     try:
         earlier = record.get("earlier", [])
         found = [Training.model_validate(entry) for entry in [*earlier, record]]
-        assert all(0 <= training.chosen < len(training.runs) for training in found)
-        assert all("loss" in step for training in found for run in training.runs for step in run.losses)
-    except (ValidationError, AssertionError, TypeError):
+    except (ValidationError, TypeError):
         raise UnderstudyError(f"{file}: not a record of this version, or damaged; train the model again") from None
     return found
 
