@@ -160,7 +160,7 @@ class Recovery(_Settings):
     """Settings of `recover`."""
 
     train: tuple[str, ...] = Field((), description=f"training {_SPEC}")
-    steps: int = Field(2000, gt=0, description="optimiser steps")
+    steps: int = Field(2000, gt=0, description="optimiser steps; with --loss layers those of each layer")
     lr: float = Field(1e-4, gt=0, description="learning rate at its highest")
     batch: int = Field(32, gt=0, description="sequences in a step, over all processes")
     micro_batch: int | None = Field(None, gt=0, description="sequences that run together; default: a step's at once")
@@ -170,7 +170,11 @@ class Recovery(_Settings):
         (), description="share of the steps over which the originals fade out, 0 = never there; several: the best stays"
     )
     schedule: Literal["linear", "exp"] = Field("linear", description="how the originals fade out")
-    loss: Literal["lm", "kd", "lm+kd"] = Field("lm", description="next token, distillation from the teacher, or both")
+    loss: Literal["lm", "kd", "lm+kd", "layers"] = Field(
+        "lm",
+        description="next token, distillation from the teacher, both; or layers: one layer in memory at a time, each "
+        "toward what the teacher's puts out",
+    )
     train_what: str | None = Field(
         None,
         description="stand-ins|stand-ins+lora|lora|vectors|vectors+lora|experts|router|all; the default is the "

@@ -150,7 +150,7 @@ def write_file(path: Path, text: str) -> None:
 
 def objective(run: Run, loss: str) -> float:
     """Return what was trained on, as it is on the held-out text."""
-    return sum(run.held_out[{"lm": "loss", "kd": "kd"}[name]] for name in loss.split("+"))
+    return sum(run.held_out[{"lm": "loss", "kd": "kd", "layers": "kd"}[name]] for name in loss.split("+"))
 
 
 def said(runs: Sequence[Run], best: int) -> tuple[str, ...]:
@@ -159,3 +159,11 @@ def said(runs: Sequence[Run], best: int) -> tuple[str, ...]:
         return ()
     figures = ", ".join(f"{run.end_ratio:g}: {run.held_out['loss']:.4f}" for run in runs)
     return (f"end ratio {runs[best].end_ratio:g} was kept; losses on the held-out text by end ratio: {figures}",)
+
+
+def layers_said(run: Run) -> tuple[str, ...]:
+    """Say how far layers that were trained one by one came."""
+    if not run.layers:
+        return ()
+    parts = (f"{x['layer']:g}: {x['before']:.4f} to {x['after']:.4f}" for x in run.layers)
+    return (f"share of what a layer adds that is missed on held-out text, before and after: {', '.join(parts)}",)

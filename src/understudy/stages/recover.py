@@ -22,7 +22,7 @@ from understudy.methods import all_methods
 from understudy.plans import Plan, load_plan
 from understudy.processes import Processes, join_processes
 from understudy.recipe import Recovery, settings_from
-from understudy.recovery import Recovered, objective, said, write_file, write_recovered
+from understudy.recovery import Recovered, layers_said, objective, said, write_file, write_recovered
 from understudy.runtime import pick_device
 from understudy.skeleton import Skeleton
 from understudy.tokens import load_tokenizer, longest_sequence
@@ -102,7 +102,8 @@ class _Job:
         self.plan = _plan_of(self.folder)
         gone = [key for key, kinds in self.plan.layers.items() if "condense" in kinds] if self.plan else []
         self.condensed = trainable.condensed_blocks(self.student.model, self.student.layers, gone)
-        self.what = settings.train_what or trainable.usual(self.student.model, self.student.layers, self.condensed)
+        self.layerwise = settings.loss == "layers"
+        self.what = self._what()
         self.rank = settings.rank or trainable.usual_rank(self.student.model, self.student.layers)
         self.end_ratios = self._end_ratios()
         self.fades = [Fade(r, settings.steps, settings.schedule) for r in self.end_ratios]
@@ -112,12 +113,35 @@ class _Job:
         self.train_part, self.held_part = self._lessons()
         self.work = work_folder(self.target) / self._key()
 
-    def _open(self, folder: Path) -> Skeleton:
+    def _open(self, folder: Path, device: str = "cpu") -> Skeleton:
         s = self.settings
-        return Skeleton(folder, dtype=s.dtype, device="cpu", trust_remote_code=s.trust_remote_code)
+        return Skeleton(folder, dtype=s.dtype, device=device, trust_remote_code=s.trust_remote_code)
+
+    def _what(self) -> str:
+        """What was asked for, else the method's own; layer by layer, without parts that are added to kept experts."""
+        s = self.settings
+        found = s.train_what or trainable.usual(self.student.model, self.student.layers, self.condensed)
+        if not self.layerwise:
+            return found
+        idle = {
+            "end_ratio": s.end_ratio, "gradient_checkpointing": s.gradient_checkpointing, "rank": s.rank,
+            "save_every": s.save_every,
+        }  # fmt: skip
+        for name in (name for name, value in idle.items() if value):
+            raise UnderstudyError(f"--{name.replace('_', '-')} has no effect with --loss layers; leave it out")
+        if self.processes.world > 1:
+            raise UnderstudyError("--loss layers runs in one process; start it without accelerate launch or torchrun")
+        if s.train_what is None and found == trainable.WITH_LORA:
+            return trainable.STAND_INS
+        if found in trainable.ADDING:
+            others = ", ".join(what for what in trainable.WHAT if what not in trainable.ADDING)
+            raise UnderstudyError(f"--loss layers trains what is there, not parts that are added; use one of {others}")
+        return found
 
     def _end_ratios(self) -> tuple[float, ...]:
         """What was asked for, else the method's own; without bases there is nothing to fade into."""
+        if self.layerwise:
+            return (0.0,)
         modules: list[Any] = [self.student.model.get_submodule(layer.name) for layer in self.student.layers]
         bases = [m.bases for m in modules if getattr(m, "bases", None) is not None and m.bases.dominants]
         given = self.settings.end_ratio
@@ -137,7 +161,8 @@ class _Job:
         if skeleton.has_stand_ins:
             raise UnderstudyError(f"{teacher} holds stand-ins itself; give as --teacher the original model")
         found = skeleton.checkpoint.fingerprint
-        if self.plan is not None and self.plan.model.fingerprint != found and any(self.end_ratios):
+        layers_meet = self.layerwise or any(self.end_ratios)
+        if self.plan is not None and self.plan.model.fingerprint != found and layers_meet:
             raise PlanError(
                 f"--teacher {teacher} is another model ({found}) than the {self.plan.model.source} "
                 f"({self.plan.model.fingerprint}) that {self.folder} was made from"
@@ -145,7 +170,9 @@ class _Job:
         mine, theirs = (
             {layer.key: (layer.num_experts, layer.hidden_size) for layer in s.layers} for s in (self.student, skeleton)
         )
-        if any(self.end_ratios) and not mine.items() <= theirs.items():
+        depths = [len(s.decoder_layers) for s in (self.student, skeleton)]
+        same = mine.items() <= theirs.items() and depths[0] == depths[1]
+        if layers_meet and not same:
             raise PlanError(f"--teacher {teacher} has other MoE layers than {self.folder}; give the original model")
         return skeleton
 
@@ -162,7 +189,8 @@ class _Job:
         if s.weight_decay and trainable.masked_rows(outline.model):
             raise UnderstudyError("--weight-decay would shrink experts that are not trained; leave it out")
         named = dict(outline.model.named_parameters())
-        self.trained = sum(named[name].numel() for name in trainable.trained(outline.model))
+        self.names = trainable.trained(outline.model)
+        self.trained = sum(named[name].numel() for name in self.names)
 
     def _lessons(self) -> tuple[Lessons, Lessons]:
         s = self.settings
@@ -201,7 +229,7 @@ class _Job:
         return runs
 
     def _asking(self) -> AbstractContextManager[Teacher | None]:
-        if not self.distils or self.teacher is None:
+        if not self.distils or self.layerwise or self.teacher is None:
             return nullcontext(None)
         from understudy.training.teacher import open_teacher
 
@@ -220,6 +248,18 @@ class _Job:
 
     def _run(self, fade: Fade, answers: Teacher | None, folder: Path) -> Run:
         from understudy.training.checkpoints import save_trained
+
+        run, state = self._layer_by_layer(folder) if self.layerwise else self._together(fade, answers, folder)
+        if self.processes.rank == 0:
+            try:
+                save_trained(state, folder)
+            except OSError as error:
+                raise OutputError(f"{folder}: cannot be written ({reason(error)})") from None
+        gc.collect()
+        return run
+
+    def _together(self, fade: Fade, answers: Teacher | None, folder: Path) -> tuple[Run, dict[str, Any]]:
+        """Train the model whole in memory, and return what was trained."""
         from understudy.training.loop import train
         from understudy.training.sharded import trained
 
@@ -239,14 +279,18 @@ class _Job:
             folder=folder,
             progress=partial(self.report, f"train (end ratio {fade.end_ratio:g})" if fades else "train"),
         )
-        if self.processes.rank == 0:
-            try:
-                save_trained(trained(model), folder)
-            except OSError as error:
-                raise OutputError(f"{folder}: cannot be written ({reason(error)})") from None
-        del model
-        gc.collect()
-        return run
+        return run, trained(model) if self.processes.rank == 0 else {}
+
+    def _layer_by_layer(self, folder: Path) -> tuple[Run, dict[str, Any]]:
+        """Train one layer in memory at a time, and return what was trained."""
+        from understudy.training.layerwise import What, train_layers
+
+        assert self.teacher is not None
+        device = str(pick_device(self.settings.device))
+        student, teacher = (self._open(x.checkpoint.folder, device) for x in (self.student, self.teacher))
+        what = What(self.what, self.rank, self.condensed, self.names)
+        text = self.train_part, self.held_part
+        return train_layers(student, teacher, text, self.settings, what, folder, self.report)
 
     def write(self, runs: Sequence[Run], materialise: bool) -> Recovered:
         """Write the best run's model, verify it, and let it appear."""
@@ -268,7 +312,7 @@ class _Job:
         shutil.rmtree(self.work, ignore_errors=True)
         with suppress(OSError):
             self.work.parent.rmdir()
-        notes = [*self.train_part.notes, *said(runs, best)]
+        notes = [*self.train_part.notes, *said(runs, best), *layers_said(runs[best])]
         if materialise:
             notes.append("nothing is saved: every expert was written at full size (--materialise)")
         figures = tuple(asdict(run) for run in runs)

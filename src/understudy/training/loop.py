@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,9 @@ class Run:
 
     `losses` has one entry for each step, from 1: {step, loss, lr, beta, seconds}; `loss` is the mean over the predicted
     tokens of the step. `held_out` is measured at the end, without originals: {loss, perplexity} and, with distillation,
-    {kd}. `peak_memory_of` says whether the peak is of what torch allocated on the accelerator of this process, or of
-    its resident memory since it started.
+    {kd}. `layers`: where layers were trained one by one, for each {layer, before, after}, errors on held-out text; then
+    `losses` tell the {layer}, too. `peak_memory_of` says whether the peak is of what torch allocated on the accelerator
+    of this process, or of its resident memory since it started.
     """
 
     end_ratio: float
@@ -59,6 +60,7 @@ class Run:
     seconds: float
     peak_memory_bytes: int
     peak_memory_of: str
+    layers: list[dict[str, float]] = field(default_factory=list)
 
 
 def train(
@@ -117,12 +119,12 @@ def train(
         _refuse_other_engines(trainer)
         if trainer.is_fsdp_enabled:
             sharded.send_from_first(model, trainer.accelerator.state.fsdp_plugin, processes.group)
-        _reset_peak(device)
+        reset_peak(device)
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
         if set_beta(trainer.model, 0.0) and trainer.is_fsdp_enabled:
             sharded.forget_dropped(trainer.model)
         held_out = trainer.measure(held)
-        run = Run(fade.end_ratio if fade else 0.0, _losses(trainer), held_out, trainer.seconds, *_peak(device))
+        run = Run(fade.end_ratio if fade else 0.0, _losses(trainer), held_out, trainer.seconds, *peak_of(device))
         if trainer.is_fsdp_enabled:
             sharded.keep_trained(trainer.model)
     return run
@@ -249,12 +251,12 @@ def _losses(trainer: RecoveryTrainer) -> list[dict[str, float]]:
     return [{name: entry[theirs] for name, theirs in names.items()} for entry in steps]
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
-def _peak(device: torch.device) -> tuple[int, str]:
+def peak_of(device: torch.device) -> tuple[int, str]:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(), "allocated on the accelerator"
     what = "resident in the process"

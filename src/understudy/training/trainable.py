@@ -20,6 +20,7 @@ from understudy.unrouted import UnroutedExperts
 STAND_INS, WITH_LORA, LORA = "stand-ins", "stand-ins+lora", "lora"
 VECTORS, VECTORS_LORA = "vectors", "vectors+lora"
 WHAT = (STAND_INS, WITH_LORA, LORA, VECTORS, VECTORS_LORA, "experts", "router", "all")
+ADDING = (WITH_LORA, LORA, VECTORS_LORA)  # those that add low-rank parts
 RANK = 16
 
 
@@ -96,7 +97,7 @@ def prepare(
         vectors = getattr(experts, "modulation", None)
         if what in (VECTORS, VECTORS_LORA, STAND_INS, WITH_LORA) and vectors is not None:
             vectors.requires_grad_(True)
-        if what in (LORA, WITH_LORA, VECTORS_LORA):
+        if what in ADDING:
             _add_adapters(model, layer, rank, seed + number)
     for parameter in model.parameters():
         if not parameter.numel():  # of bases where there are none: processes would wait for gradients that never come
