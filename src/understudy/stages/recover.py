@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from understudy._version import __version__
 from understudy.checkpoint import resolve
-from understudy.errors import OutputError, PlanError, UnderstudyError, reason
+from understudy.errors import OutputError, UnderstudyError, reason
 from understudy.held import free_target, held, work_folder
 from understudy.methods import all_methods
 from understudy.plans import Plan, load_plan
@@ -29,7 +29,7 @@ from understudy.tokens import load_tokenizer, longest_sequence
 from understudy.training import trainable
 from understudy.training.fading import Fade
 from understudy.training.lessons import Lessons, lessons
-from understudy.training.whole import keep_originals, load_whole
+from understudy.training.whole import check_original, keep_originals, load_whole
 
 if TYPE_CHECKING:
     from understudy.training.loop import Run
@@ -103,7 +103,10 @@ class _Job:
         gone = [key for key, kinds in self.plan.layers.items() if "condense" in kinds] if self.plan else []
         self.condensed = trainable.condensed_blocks(self.student.model, self.student.layers, gone)
         self.layerwise = settings.loss == "layers"
-        self.what = self._what()
+        usual = trainable.usual(self.student.model, self.student.layers, self.condensed)
+        self.what = trainable.in_layers(settings, usual) if self.layerwise else settings.train_what or usual
+        if self.layerwise and self.processes.world > 1:
+            raise UnderstudyError("--loss layers runs in one process; start it without accelerate launch or torchrun")
         self.rank = settings.rank or trainable.usual_rank(self.student.model, self.student.layers)
         self.end_ratios = self._end_ratios()
         self.fades = [Fade(r, settings.steps, settings.schedule) for r in self.end_ratios]
@@ -116,27 +119,6 @@ class _Job:
     def _open(self, folder: Path, device: str = "cpu") -> Skeleton:
         s = self.settings
         return Skeleton(folder, dtype=s.dtype, device=device, trust_remote_code=s.trust_remote_code)
-
-    def _what(self) -> str:
-        """What was asked for, else the method's own; layer by layer, without parts that are added to kept experts."""
-        s = self.settings
-        found = s.train_what or trainable.usual(self.student.model, self.student.layers, self.condensed)
-        if not self.layerwise:
-            return found
-        idle = {
-            "end_ratio": s.end_ratio, "gradient_checkpointing": s.gradient_checkpointing, "rank": s.rank,
-            "save_every": s.save_every,
-        }  # fmt: skip
-        for name in (name for name, value in idle.items() if value):
-            raise UnderstudyError(f"--{name.replace('_', '-')} has no effect with --loss layers; leave it out")
-        if self.processes.world > 1:
-            raise UnderstudyError("--loss layers runs in one process; start it without accelerate launch or torchrun")
-        if s.train_what is None and found == trainable.WITH_LORA:
-            return trainable.STAND_INS
-        if found in trainable.ADDING:
-            others = ", ".join(what for what in trainable.WHAT if what not in trainable.ADDING)
-            raise UnderstudyError(f"--loss layers trains what is there, not parts that are added; use one of {others}")
-        return found
 
     def _end_ratios(self) -> tuple[float, ...]:
         """What was asked for, else the method's own; without bases there is nothing to fade into."""
@@ -160,20 +142,8 @@ class _Job:
         skeleton = self._open(resolve(teacher))
         if skeleton.has_stand_ins:
             raise UnderstudyError(f"{teacher} holds stand-ins itself; give as --teacher the original model")
-        found = skeleton.checkpoint.fingerprint
-        layers_meet = self.layerwise or any(self.end_ratios)
-        if self.plan is not None and self.plan.model.fingerprint != found and layers_meet:
-            raise PlanError(
-                f"--teacher {teacher} is another model ({found}) than the {self.plan.model.source} "
-                f"({self.plan.model.fingerprint}) that {self.folder} was made from"
-            )
-        mine, theirs = (
-            {layer.key: (layer.num_experts, layer.hidden_size) for layer in s.layers} for s in (self.student, skeleton)
-        )
-        depths = [len(s.decoder_layers) for s in (self.student, skeleton)]
-        same = mine.items() <= theirs.items() and depths[0] == depths[1]
-        if layers_meet and not same:
-            raise PlanError(f"--teacher {teacher} has other MoE layers than {self.folder}; give the original model")
+        if self.layerwise or any(self.end_ratios):
+            check_original(skeleton, self.student, self.plan)
         return skeleton
 
     def _check_outline(self) -> None:

@@ -252,11 +252,13 @@ def _losses(trainer: RecoveryTrainer) -> list[dict[str, float]]:
 
 
 def reset_peak(device: torch.device) -> None:
+    """Forget the most that was allocated on an accelerator so far."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_of(device: torch.device) -> tuple[int, str]:
+    """Return the most bytes that were held, and of what: on an accelerator, or resident since the process began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(), "allocated on the accelerator"
     what = "resident in the process"

@@ -15,6 +15,7 @@ from understudy.adapters import Adapters
 from understudy.errors import UnderstudyError
 from understudy.experts import StandInExperts, install, parts_of
 from understudy.moe import MoELayer
+from understudy.recipe import Recovery
 from understudy.unrouted import UnroutedExperts
 
 STAND_INS, WITH_LORA, LORA = "stand-ins", "stand-ins+lora", "lora"
@@ -52,6 +53,24 @@ def usual(model: nn.Module, layers: Sequence[MoELayer], condensed: Sequence[str]
     if any(experts.modulation is not None for experts in found):
         return "all"
     return STAND_INS if found or condensed else LORA
+
+
+def in_layers(settings: Recovery, usual: str) -> str:
+    """Return what is trained where layers are trained one by one, in which no parts are added to kept experts.
+
+    Raises:
+        UnderstudyError: the settings ask for something that this way of training does not do.
+    """
+    idle = ("end_ratio", "gradient_checkpointing", "rank", "save_every")
+    for name in (name for name in idle if getattr(settings, name)):
+        raise UnderstudyError(f"--{name.replace('_', '-')} has no effect with --loss layers; leave it out")
+    if settings.train_what is None and usual == WITH_LORA:
+        return STAND_INS
+    found = settings.train_what or usual
+    if found in ADDING:
+        others = ", ".join(what for what in WHAT if what not in ADDING)
+        raise UnderstudyError(f"--loss layers trains what is there, not parts that are added; use one of {others}")
+    return found
 
 
 def usual_rank(model: nn.Module, layers: Sequence[MoELayer]) -> int:
