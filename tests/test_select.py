@@ -233,7 +233,7 @@ def test_the_plan_names_its_parents(tmp_path: Path) -> None:
     assert plan.model.fingerprint == stats.model.fingerprint
     assert plan.stats == file_hash(path)
     recipe = {"ratio": 0.25, "scope": "layer", "kind": "constant", "gate": "all-tokens", "seed": 0}
-    recipe |= {"keep_super": False, "width_classes": 0}
+    recipe |= {"keep_super": False, "refit": False}
     assert plan.recipe == recipe
     assert result.facts == stats.model
     assert make_plan(stats, Selection(ratio=0.25)).plan == plan.model_copy(update={"stats": None})
@@ -725,6 +725,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"ratio": 0.5, "alpha": 0.1}, "--alpha has no effect where method mone does not select by mass; leave it out"),
     ({"ratio": 0.5, "method": "gate", "alpha": 0.1}, "--alpha has no effect .* by mass; give --scope mass, too"),
     ({"ratio": 0.5, "method": "reap", "width_classes": 3}, "--width-classes has no effect on method reap"),
+    ({"ratio": 0.5, "method": "reap", "refit": True}, "--refit has no effect on method reap"),
     ({"ratio": 0.5, "method": "mone", "scope": "mass"}, "mone does not select by mass; use --scope layer or model"),
     ({"ratio": 0.5, "method": "reap", "gate": "routed"}, "--gate routed has no effect on method reap"),
     ({"ratio": 0.9, "method": "reap"}, r"layer 1: drop leaves 1 of 8 experts, fewer than the 2 .*ratio 0\.75"),

@@ -15,6 +15,7 @@ from understudy.errors import PlanError
 from understudy.facts import LayerFacts
 from understudy.kinds import Kind
 from understudy.kinds.modulate import FIT_NEEDS
+from understudy.kinds.slim import REFIT_NEEDS
 from understudy.methods import Choice, Mass, Method, Problem, scope_of
 from understudy.protection import SUPER_NEEDS
 from understudy.recipe import Selection
@@ -32,7 +33,8 @@ def planning_needs(method: Method, settings: Selection) -> set[str]:
     needs = {*method.needs, *(get_score(method.score).needs if method.score else ())}
     if scope_of(method, settings) == "mass" and _alpha(method.mass, settings):
         needs |= set(MASS_NEEDS)
-    return needs | set(SUPER_NEEDS if settings.keep_super else ()) | set(FIT_NEEDS if settings.fit else ())
+    asked = ((settings.keep_super, SUPER_NEEDS), (settings.fit, FIT_NEEDS), (settings.refit, REFIT_NEEDS))
+    return needs.union(*(more for wanted, more in asked if wanted))
 
 
 def choose_lowest(problem: Problem, mass: Mass) -> Choice:

@@ -96,7 +96,12 @@ class Selection(_Settings):
     )
     keep_layers: str | None = Field(None, description="layers to leave as they are, like 0,3,12-15")
     keep_super: bool = Field(False, description="never replace super experts, whose outputs reach extremes")
-    width_classes: int = Field(0, ge=0, description="slim: different widths in a layer at most; 0 = any number")
+    width_classes: int | None = Field(
+        None, ge=0, description="slim: different widths in a layer at most, 0 = any number; default: the method's own"
+    )
+    refit: bool = Field(
+        False, description="slim: the down columns that stay take over what they can of the others, with a constant"
+    )
     bases: int = Field(3, gt=0, description="lightmoe: groups of replaced experts in a layer, each with one base")
     rank: int = Field(16, gt=0, description="lightmoe: rank of what each replaced expert adds to its base")
     grouping: Literal["dominants", "kmeans"] = Field(

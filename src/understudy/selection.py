@@ -20,13 +20,16 @@ Channels = dict[str, np.ndarray]  # float64 [E, I] by layer key: a score for eac
 Widths = dict[str, np.ndarray]  # int64 [E] by layer key
 _CLOSE = 1 - 1e-9  # a ratio that is a whole number of channels but for rounding takes no further one
 _GRID = 128  # widths that are tried as classes, about
+_WHOLE, _STEP = 64, 8  # experts of so many neurons have classes of a multiple of 8, rows of 16 bytes in any dtype
 
 
 def by_rank(problem: Problem, scores: Channels, ratio: float, *, constant: bool = False) -> Widths:
     """Remove the lowest channels of the whole model (HEAPr, FLAP).
 
-    With `constant`, every expert that loses a channel costs a vector of the hidden size, which the ratio has to pay.
+    With `constant`, or where the settings ask for a refit, every expert that loses a channel costs a vector of the
+    hidden size, which the ratio has to pay.
     """
+    constant |= problem.settings.refit
     removed = _lowest(problem, list(problem.layers), scores, ratio, constant)
     return {key: scores[key].shape[1] - removed[key] for key in problem.layers}
 
@@ -101,13 +104,17 @@ def in_two_tiers(problem: Problem, importance: Channels, protected: dict[str, in
 
 
 def choose_widths(
-    problem: Problem, scores: Channels, widths: Widths, order: str, *, constant: bool = False, refit: bool = False
-) -> Choice:
-    """Make a choice of widths, rounded to classes where the settings ask for it.
+    problem: Problem, scores: Channels, widths: Widths, order: str, *, constant: bool = False, refit: bool = False,
+    classes: int = 0,
+) -> Choice:  # fmt: skip
+    """Make a choice of widths, rounded to classes where the settings ask for it, or else to the method's own number.
 
     `order` is the name of the channel score that `scores` come from, `constant` and `refit` are settings of `slim`.
     """
-    classes = problem.settings.width_classes
+    if problem.settings.width_classes is not None:
+        classes = problem.settings.width_classes
+    refit |= problem.settings.refit
+    constant |= refit
     layers: dict[str, dict[str, Entry]] = {}
     empty = 0
     for key, width in widths.items():
@@ -134,20 +141,23 @@ def in_classes(score: np.ndarray, widths: np.ndarray, classes: int) -> np.ndarra
 
     At a price for each neuron, dynamic programming finds the best partition of the experts, sorted by width, into runs
     that share one width; the price is raised until the neurons are no more than before, and what is then left over goes
-    where it saves most. Widths of 0 and whole ones count as a class each. The sum never exceeds that of `widths`, and
-    is less by fewer neurons than the smallest class has experts.
+    where it saves most. Widths of 0 and whole ones count as a class each. Experts of 64 neurons and more get widths
+    that are multiples of 8, which kernels take as they are. The sum never exceeds that of `widths`, and is less by
+    fewer such steps than the smallest class has experts.
 
     Args:
         score: [E, I].
         widths: [E].
         classes: how many widths there may be.
     """
-    if len(np.unique(widths)) <= classes:
-        return widths
     ranked, width = np.argsort(widths, kind="stable"), score.shape[1]
+    step = _STEP if width >= _WHOLE and width % _STEP == 0 else 1
+    if len(np.unique(widths)) <= classes and not (widths % step).any():
+        return widths
     lowest_first = np.sort(score[ranked], axis=1)
     lost = np.concatenate((np.zeros((len(widths), 1)), np.cumsum(lowest_first, axis=1)), axis=1)[:, ::-1]  # by width
-    grid = np.unique(np.append(np.arange(0, width + 1, max(1, width // _GRID)), width))
+    apart = step * max(1, width // (_GRID * step))
+    grid = np.unique(np.append(np.arange(0, width + 1, apart), width))
     total, prices = int(widths.sum()), np.unique(score)
     low, high = 0, len(prices)  # prices are marginal scores; past the largest everything goes
     found = np.zeros(len(widths), np.int64)
@@ -159,7 +169,7 @@ def in_classes(score: np.ndarray, widths: np.ndarray, classes: int) -> np.ndarra
         else:
             low = middle + 1
     rounded = np.empty_like(found)
-    rounded[ranked] = _fill(lost, found, total)
+    rounded[ranked] = _fill(lost, found, total, step)
     return rounded
 
 
@@ -244,7 +254,7 @@ def _partition(cost: np.ndarray, classes: int) -> np.ndarray:
     return columns
 
 
-def _fill(lost: np.ndarray, widths: np.ndarray, total: int) -> np.ndarray:
+def _fill(lost: np.ndarray, widths: np.ndarray, total: int, step: int) -> np.ndarray:
     """Raise a class, or an expert to the next class, while neurons are left over; what saves most a neuron first.
 
     Lost scores by width are [E, I + 1].
@@ -255,7 +265,7 @@ def _fill(lost: np.ndarray, widths: np.ndarray, total: int) -> np.ndarray:
         for at, width in enumerate(here):
             members = rows[widths == width]
             upper = int(here[at + 1]) if at + 1 < len(here) else most
-            if (by := min(left // len(members), upper - int(width))) > 0:
+            if (by := min(left // len(members), upper - int(width)) // step * step) > 0:
                 saved = float((lost[members, width] - lost[members, width + by]).sum())
                 moves.append((saved / (by * len(members)), members, int(width) + by))
             if at + 1 < len(here) and upper - width <= left:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ORDER = "camera"
-_REFIT_NEEDS = {"count", "gate_sq_sum", "gated_activation_sum", "activation_gram"}
+REFIT_NEEDS = {"count", "gate_sq_sum", "gated_activation_sum", "activation_gram"}
 
 
 class Slim(Kind):
@@ -51,7 +51,7 @@ class Slim(Kind):
         from understudy.channel_scores import get_channel_score
 
         needs = set(get_channel_score(self.order).needs)
-        of_constant = _REFIT_NEEDS if self.refit else {"count", "activation_sum"}
+        of_constant = REFIT_NEEDS if self.refit else {"count", "activation_sum"}
         return tuple(sorted(needs | (of_constant if self.constant else set())))
 
     def having(self, how: Mapping[str, Any]) -> Slim:

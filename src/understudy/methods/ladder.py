@@ -7,12 +7,14 @@ from understudy.channel_scores.obs import OBS, OBS_PLAIN
 from understudy.methods import Choice, Method, Problem
 from understudy.selection import by_rank, choose_widths
 
+_CLASSES = 8  # widths in a layer: each is a set of matrix products of its own
+
 
 def ranked(problem: Problem, ratio: float, score: str) -> Choice:
     """Remove the lowest neurons of the whole model, as far as the ratio asks after the constants are paid for."""
     scores = score_channels(get_channel_score(score), problem.stats, problem.layers, problem.settings)
     widths = by_rank(problem, scores, ratio, constant=True)
-    return choose_widths(problem, scores, widths, score, constant=True, refit=True)
+    return choose_widths(problem, scores, widths, score, constant=True, refit=True, classes=_CLASSES)
 
 
 LADDER = Method(

@@ -167,8 +167,9 @@ def _refuse_idle(settings: Selection, method: Method, score: Score | None) -> No
     """Refuse settings that change nothing; but a sweep over seeds may hold methods that do not draw."""
     if settings.gate != Selection.model_fields["gate"].default and "gate" not in (score.options if score else ()):
         raise PlanError(f"--gate {settings.gate} has no effect on method {method.name}; leave it out")
-    if settings.width_classes and "slim" not in method.kinds:
-        raise PlanError(f"--width-classes has no effect on method {method.name}; leave it out")
+    for name in ("width_classes", "refit"):
+        if getattr(settings, name) not in (None, False) and "slim" not in method.kinds:
+            raise PlanError(f"--{name.replace('_', '-')} has no effect on method {method.name}; leave it out")
     if settings.alpha is not None and scope_of(method, settings) != "mass":
         how = "give --scope mass, too" if "mass" in method.scopes else "leave it out"
         raise PlanError(f"--alpha has no effect where method {method.name} does not select by mass; {how}")
