@@ -288,9 +288,12 @@ class TestEveryMethodOverChannels:
         free, rounded = problem_of(name), problem_of(name, width_classes=classes)
         for ratio in (0.25, 0.5):
             before, after = (widths_of(x, choose(x, ratio)) for x in (free, rounded))
+            left = 0  # what one layer's classes leave over is the next one's
             for key, width in after.items():
                 assert len(set(width)) <= classes
-                assert sum(before[key]) - len(width) < sum(width) <= sum(before[key])
+                wanted = sum(before[key]) + left
+                assert wanted - len(width) < sum(width) <= wanted
+                left = wanted - sum(width)
 
 
 # --- classes ---
@@ -322,6 +325,17 @@ def test_classes_lose_little_more_than_the_best_there_are(seed: int) -> None:
 def test_widths_that_are_few_enough_stay() -> None:
     widths = np.array([3, 6, 3, 0])
     assert in_classes(np.random.default_rng(0).random((4, 6)), widths, 3) is widths
+
+
+@pytest.mark.parametrize("more", [0, 5, 40])
+def test_wide_experts_have_widths_that_kernels_take(more: int) -> None:
+    rng = np.random.default_rng(more)
+    score = rng.random((6, 96))
+    wanted = (score >= np.sort(score.ravel())[-300]).sum(1)
+    got = in_classes(score, wanted, 3, more)
+    assert len(set(got)) <= 3 and not (got % 8).any()
+    assert 300 + more - 8 * 6 < got.sum() <= 300 + more
+    assert not (in_classes(score, np.full(6, 43), 3) % 8).any(), "few enough, but of an awkward width"
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -358,13 +359,54 @@ def test_it_loses_less_than_heapr_at_equal_bytes(tmp_path: Path) -> None:
     original = walked(source, ids).log_softmax(-1)
     budget = stats.model.nbytes - stats.model.routed_bytes // 2
     kl = {}
-    for method in ("heapr", "ladder", "ladder_plain"):
-        chosen = plan(stats, method=method, size=str(budget))
-        assert budget - 50_000 < chosen.expected_bytes <= budget
+    entrants: dict[str, dict[str, Any]] = {name: {"method": name} for name in ("heapr", "ladder", "ladder_plain")}
+    entrants |= {"refitted": {"method": "heapr", "refit": True}, "constant": {"method": "ladder", "kind": "constant"}}
+    for method, settings in entrants.items():
+        chosen = plan(stats, **settings, size=str(budget))
+        assert budget - 100_000 < chosen.expected_bytes <= budget, method  # an expert takes 98 kB
         logits = walked(planned(source, chosen.plan, stats), ids).log_softmax(-1)
         kl[method] = float((original.exp() * (original - logits)).sum(-1).mean())
     assert kl["ladder"] < 0.75 * kl["heapr"], kl
+    assert kl["ladder"] < kl["refitted"] < kl["heapr"] < kl["constant"], kl
     assert kl["ladder_plain"] < kl["heapr"], kl
+
+
+def test_whole_experts_become_constants_that_engines_read(olmoe: tuple[Path, Stats], tmp_path: Path) -> None:
+    """Those whose neurons together lose least for their bytes; each layer keeps its best; nothing of ours is in it."""
+    folder, stats = olmoe
+    chosen = plan(stats, method="ladder", kind="constant", ratio=0.5).plan
+    lost = {key: get_channel_score("obs").compute(x, None).sum(1) for key, x in stats.layers.items()}  # type: ignore[arg-type]
+    gone = {(key, e) for key, kinds in chosen.layers.items() for e, width in kinds["slim"].items() if width == 0}  # type: ignore[union-attr]
+    stay = {(key, e) for key, x in lost.items() for e in range(len(x))} - gone
+    assert len(gone) == len([e for kinds in chosen.layers.values() for e in kinds["slim"]])
+    free = {(key, e) for key, e in stay if e != lost[key].argmax()}
+    assert max(lost[key][e] for key, e in gone) <= min((lost[key][e] for key, e in free), default=np.inf)
+    done = apply(folder / "model", chosen, tmp_path / "out", stats=stats)
+    config = json.loads((done.folder / "config.json").read_text())
+    assert not config["architectures"][0].startswith("Understudy")
+    targets = config["compression_config"]["transform_config"]["expert_substitution"]["targets"].values()
+    formats = {x["format"] for target in targets for x in target["replacements"].values()}
+    assert formats == {"constant-v1"}
+    key, expert = sorted(gone)[0]
+    name = stats.model.layers[key].name
+    experts = load(done.folder, "olmoe").get_submodule(name)
+    want = stats.layers[key].weighted_mean[expert]
+    row = experts.constants[experts.constant_row(expert)].detach().numpy()
+    np.testing.assert_allclose(row, want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
+
+
+def test_each_layer_can_give_the_same_share(olmoe: tuple[Path, Stats]) -> None:
+    stats = olmoe[1]
+
+    def freed(scope: str) -> list[int]:
+        entries = plan(stats, method="ladder", ratio=0.5, scope=scope, width_classes=0).plan.layers
+        kind = get_kind("slim").having({"order": "obs", "constant": True, "refit": True})
+        return [-kind.added_bytes(layer, entries[key]["slim"]) for key, layer in stats.model.layers.items()]
+
+    layer = next(iter(stats.model.layers.values()))
+    even, half = freed("layer"), layer.experts * layer.expert_bytes / 2
+    assert all(half <= x < half + layer.channel_bytes for x in even)
+    assert len(set(freed("model"))) > 1
 
 
 def test_compress_and_compare(tmp_path: Path) -> None:

@@ -34,11 +34,15 @@ def by_rank(problem: Problem, scores: Channels, ratio: float, *, constant: bool 
     return {key: scores[key].shape[1] - removed[key] for key in problem.layers}
 
 
-def by_layer(problem: Problem, scores: Channels, ratio: float) -> Widths:
-    """Remove the lowest channels of each layer, the same share everywhere, from all its experts together (CAMERA)."""
+def by_layer(problem: Problem, scores: Channels, ratio: float, *, constant: bool = False) -> Widths:
+    """Remove the lowest channels of each layer, the same share everywhere, from all its experts together (CAMERA).
+
+    With `constant`, or where the settings ask for a refit, as in `by_rank`.
+    """
+    constant |= problem.settings.refit
     removed: Widths = {}
     for key in problem.layers:
-        removed |= _lowest(problem, [key], scores, ratio)
+        removed |= _lowest(problem, [key], scores, ratio, constant)
     return {key: scores[key].shape[1] - removed[key] for key in problem.layers}
 
 
@@ -116,12 +120,13 @@ def choose_widths(
     refit |= problem.settings.refit
     constant |= refit
     layers: dict[str, dict[str, Entry]] = {}
-    empty = 0
+    empty = left = 0
     for key, width in widths.items():
         free = _free(problem, key)
         if classes:
-            width = width.copy()
-            width[free] = in_classes(scores[key][free], width[free], classes)
+            wanted, width = int(width.sum()) + left, width.copy()
+            width[free] = in_classes(scores[key][free], width[free], classes, left)
+            left = wanted - int(width.sum())  # the next layer has them
         entry = {int(e): int(width[e]) for e in np.flatnonzero(width < scores[key].shape[1])}
         empty += sum(w == 0 for w in entry.values())
         if entry:
@@ -136,19 +141,20 @@ def choose_widths(
     return Choice(layers, {problem.kind.name: how} if layers else {}, notes=tuple(notes))
 
 
-def in_classes(score: np.ndarray, widths: np.ndarray, classes: int) -> np.ndarray:
+def in_classes(score: np.ndarray, widths: np.ndarray, classes: int, more: int = 0) -> np.ndarray:
     """Round the widths of a layer to at most so many different ones, losing as little of the score as may be.
 
     At a price for each neuron, dynamic programming finds the best partition of the experts, sorted by width, into runs
     that share one width; the price is raised until the neurons are no more than before, and what is then left over goes
     where it saves most. Widths of 0 and whole ones count as a class each. Experts of 64 neurons and more get widths
-    that are multiples of 8, which kernels take as they are. The sum never exceeds that of `widths`, and is less by
-    fewer such steps than the smallest class has experts.
+    that are multiples of 8, which kernels take as they are. The sum never exceeds that of `widths` and `more`, and is
+    less by fewer such steps than the smallest class has experts.
 
     Args:
         score: [E, I].
         widths: [E].
         classes: how many widths there may be.
+        more: neurons that may be kept beyond the sum of `widths`.
     """
     ranked, width = np.argsort(widths, kind="stable"), score.shape[1]
     step = _STEP if width >= _WHOLE and width % _STEP == 0 else 1
@@ -158,7 +164,7 @@ def in_classes(score: np.ndarray, widths: np.ndarray, classes: int) -> np.ndarra
     lost = np.concatenate((np.zeros((len(widths), 1)), np.cumsum(lowest_first, axis=1)), axis=1)[:, ::-1]  # by width
     apart = step * max(1, width // (_GRID * step))
     grid = np.unique(np.append(np.arange(0, width + 1, apart), width))
-    total, prices = int(widths.sum()), np.unique(score)
+    total, prices = int(widths.sum()) + more, np.unique(score)
     low, high = 0, len(prices)  # prices are marginal scores; past the largest everything goes
     found = np.zeros(len(widths), np.int64)
     while low < high:
