@@ -76,7 +76,8 @@ def fit(x_nH: Tensor, y_nH: Tensor, g_n: Tensor, rank: int) -> Fitted:
         into_HR, out_RH = u_HR * even_R, v_RH * (s_R / torch.where(even_R > 0, even_R, 1))[:, None]
         if held_n.any():
             measured_R = error * _held_out(x_nH, y_nH, g_n1, held_n, *parts[0], rank)
-            gain_R = torch.minimum(measured_R, s_R.square()).clamp(min=0).cummin(0).values
+            least_R = torch.minimum(measured_R, _lowered(x_nH, y_nH, u_HR, s_R, v_RH))  # never more than was fitted
+            gain_R = least_R.clamp(min=0).cummin(0).values
     gain_R = mean_H.new_zeros(rank) if gain_R is None else gain_R
     return Fitted(into_HR, out_RH, mean_H, constant_H, gain_R, float(error))
 
@@ -125,7 +126,11 @@ def _held_out(
     dx_H, dy_H = ((g_n1[~held_n, 0] @ z[~held_n].double()) / weight for z in (x_nH, y_nH))
     a_HR, s_R, v_RH = reduced(xx_HH - weight * torch.outer(dx_H, dx_H), xy_HH - weight * torch.outer(dx_H, dy_H), rank)
     x_hH, y_hH = (z[held_n] - g_n1[held_n] * of for z, of in ((x_nH, dx_H), (y_nH, dy_H)))
-    answer_hR, wanted_hR = x_hH @ a_HR * s_R, y_hH @ v_RH.T
-    lower_R = (2 * answer_hR * wanted_hR - answer_hR.square()).sum(0)
-    error = y_hH.square().sum()
-    return lower_R / torch.where(error > 0, error, 1)
+    error = _square(y_hH)
+    return _lowered(x_hH, y_hH, a_HR, s_R, v_RH) / torch.where(error > 0, error, 1)
+
+
+def _lowered(x_nH: Tensor, y_nH: Tensor, a_HR: Tensor, s_R: Tensor, v_RH: Tensor) -> Tensor:
+    """By how much each rank of a map lowers the error of rows X and Y, `[R]`."""
+    answer_nR, wanted_nR = x_nH.double() @ a_HR * s_R, y_nH.double() @ v_RH.T
+    return (2 * answer_nR * wanted_nR - answer_nR.square()).sum(0)
