@@ -132,6 +132,12 @@ def test_what_does_not_vary_is_a_constant_and_what_is_broken_shows() -> None:
         found = fitted(same, 12)
         assert not found.into_HR.any() and not found.out_RH.any() and not found.gain_R.any()
         np.testing.assert_allclose(found.mean_H, same["x"][0], rtol=1e-5)
+    alike = {name: np.concatenate((x[:1].repeat(HELD_OUT - 1, 0), x[1:2])) for name, x in d.items()}
+    assert fitted(alike, 12).gain_R.isfinite().all(), "all that are not held out are alike"
+    faint = fitted(d | {"g": d["g"] * 1e-18}, 12)
+    faint_HH, whole_HH = (x.into_HR @ x.out_RH for x in (faint, fitted(d, 12)))
+    torch.testing.assert_close(faint_HH, whole_HH, rtol=0, atol=1e-3 * float(whole_HH.abs().max()))
+    assert faint.error == pytest.approx(1e-36 * fitted(d, 12).error, rel=1e-5)
     still = fitted(d | {"y": d["y"][:1].repeat(9, 0)}, 12)
     assert float(still.out_RH.abs().max()) < 1e-2 and still.into_HR.isfinite().all()
     d["y"][3, 4] = np.nan

@@ -57,12 +57,14 @@ def fit(x_nH: Tensor, y_nH: Tensor, g_n: Tensor, rank: int) -> Fitted:
 
     Zeros where x does not vary (one route, say): then the constant says all. NaN where a number is not finite.
     """
-    q_n = g_n.double().square()
+    size = g_n.double().square().mean().sqrt()
+    g_n = g_n.double() / size  # squares of tiny gates would be lost in float32
+    q_n = g_n.square()
     weight = q_n.sum()
     mean_H, constant_H = ((q_n @ z.double()) / weight for z in (x_nH, y_nH))
-    g_n1 = g_n.double()[:, None]
+    g_n1 = g_n[:, None]
     x_nH, y_nH = ((g_n1 * (z.double() - of)).float() for z, of in ((x_nH, mean_H), (y_nH, constant_H)))
-    error = _square(y_nH)
+    error = size.square() * _square(y_nH)
     flat = _square(x_nH) <= LOST * weight * mean_H.square().sum()
     into_HR, out_RH, gain_R = mean_H.new_zeros(len(mean_H), rank), mean_H.new_zeros(rank, len(mean_H)), None
     if not torch.isfinite(x_nH).all() or not torch.isfinite(y_nH).all():
@@ -71,13 +73,12 @@ def fit(x_nH: Tensor, y_nH: Tensor, g_n: Tensor, rank: int) -> Fitted:
         held_n = torch.arange(len(x_nH), device=x_nH.device) % HELD_OUT == HELD_OUT - 1
         parts = [_products(x_nH[part], y_nH[part]) for part in (~held_n, held_n)]
         u_HR, s_R, v_RH = reduced(parts[0][0] + parts[1][0], parts[0][1] + parts[1][1], rank)
-        size_R = u_HR.norm(dim=0)
-        even_R = (s_R / size_R).sqrt()  # both as long, so that neither is lost in 16 bits
+        even_R = (s_R / u_HR.norm(dim=0)).sqrt()  # both as long, so that neither is lost in 16 bits
         into_HR, out_RH = u_HR * even_R, v_RH * (s_R / torch.where(even_R > 0, even_R, 1))[:, None]
         if held_n.any():
             measured_R = error * _held_out(x_nH, y_nH, g_n1, held_n, *parts[0], rank)
-            least_R = torch.minimum(measured_R, _lowered(x_nH, y_nH, u_HR, s_R, v_RH))  # never more than was fitted
-            gain_R = least_R.clamp(min=0).cummin(0).values
+            inside_R = size.square() * _lowered(x_nH, y_nH, u_HR, s_R, v_RH)  # more it cannot be worth
+            gain_R = torch.minimum(measured_R, inside_R).clamp(min=0).cummin(0).values
     gain_R = mean_H.new_zeros(rank) if gain_R is None else gain_R
     return Fitted(into_HR, out_RH, mean_H, constant_H, gain_R, float(error))
 
@@ -91,9 +92,12 @@ def _square(z_nH: Tensor) -> Tensor:
     return torch.linalg.vector_norm(z_nH, dtype=torch.float64).square()
 
 
-def reduced(xx_HH: Tensor, xy_HH: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A `[H, R]`, s `[R]` and V^T `[R, H]` of the map, from X^T X and X^T Y in float64."""
-    ridge = RIDGE * xx_HH.diagonal().mean()
+def reduced(xx_HH: Tensor, xy_HH: Tensor, rank: int, least: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A `[H, R]`, s `[R]` and V^T `[R, H]` of the map, from X^T X and X^T Y in float64.
+
+    `least` is what the ridge is at least, for an X of which little may be left.
+    """
+    ridge = (RIDGE * xx_HH.diagonal().mean()).clamp(min=least)
     root_HH = torch.linalg.cholesky(xx_HH + ridge * torch.eye(len(xx_HH), dtype=xx_HH.dtype, device=xx_HH.device))
     u_HR, s_R, v_RH = _largest(torch.linalg.solve_triangular(root_HH, xy_HH, upper=False), rank)
     return torch.linalg.solve_triangular(root_HH.T, u_HR, upper=True), s_R, v_RH
@@ -124,7 +128,9 @@ def _held_out(
     weight = g_n1[~held_n].square().sum()
     # means of the others, about those of all
     dx_H, dy_H = ((g_n1[~held_n, 0] @ z[~held_n].double()) / weight for z in (x_nH, y_nH))
-    a_HR, s_R, v_RH = reduced(xx_HH - weight * torch.outer(dx_H, dx_H), xy_HH - weight * torch.outer(dx_H, dy_H), rank)
+    least = 0.1 * RIDGE * xx_HH.diagonal().mean()  # the others may all be alike, and only their rounding be left
+    xx_HH, xy_HH = (of - weight * torch.outer(dx_H, d_H) for of, d_H in ((xx_HH, dx_H), (xy_HH, dy_H)))
+    a_HR, s_R, v_RH = reduced(xx_HH, xy_HH, rank, least)
     x_hH, y_hH = (z[held_n] - g_n1[held_n] * of for z, of in ((x_nH, dx_H), (y_nH, dy_H)))
     error = _square(y_hH)
     return _lowered(x_hH, y_hH, a_HR, s_R, v_RH) / torch.where(error > 0, error, 1)
