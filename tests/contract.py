@@ -182,6 +182,8 @@ def _random_entry(kind: Kind, layer: LayerFacts, position: int, rng: np.random.G
         return tuple(order[:count])
     if kind.form == "groups":
         return (tuple(order[:2]), tuple(order[2 : 2 + count]))[: 1 + position % 2]
+    if kind.counts == "ranks":
+        return {e: 1 + n % 3 for n, e in enumerate(order[:count])}
     some = order if position % 3 == 1 else order[:count]  # in one of three layers no expert keeps its width
     return {e: (layer.width or 0) * n // (2 * len(some)) for n, e in enumerate(some)}
 

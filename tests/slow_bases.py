@@ -89,7 +89,10 @@ class Layer:
         out = torch.zeros_like(hidden)
         if stand_in is not None and stand_in.constant:
             out = out + cut.constants[cut.constant_row(expert)]
-        if stand_in is None or not stand_in.constant or stand_in.width is not None:
+        if stand_in is not None and stand_in.format == "affine-v1":
+            maps, row = cut.thin_place(expert)
+            out = out + (hidden @ maps.a[row].T) @ maps.b[row].T
+        elif stand_in is None or not stand_in.constant or stand_in.width is not None:
             weights = {name: weight[None] for name, weight in self.weights(cut, expert).items()}
             width = channel_width(self.whole) if stand_in is None or stand_in.width is None else stand_in.width
             alone = sliced(self.whole, [0], torch.arange(width)[None])
@@ -138,7 +141,7 @@ def randomise(cut: Any) -> None:
     """Give low-rank parts, constants and bases numbers of their own."""
     generator = torch.Generator().manual_seed(3)
     bases = cut.bases
-    for part in (cut.adapters, None if bases is None else bases.adapters):
+    for part in (cut.adapters, None if bases is None else bases.adapters, *cut.thin):
         for parameter in () if part is None else part.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     if cut.constants is not None:

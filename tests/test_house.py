@@ -21,7 +21,7 @@ FLOORS = [
     "moe absent experts channels collection collectors backward removal loading skeleton "
     "stacking layout walk activations tap weights checkpoint shards cut data sources tokens "
     "processes runtime quality examples harness sizes speed card grouped adapters bases modulated training "
-    "full_size unrouted folding dense fitting refit",
+    "full_size unrouted folding dense fitting refit affine affine_fit seam",
     # what is known from the field, a file each
     "methods scores channel_scores kinds budgets grouping merging regrouping ranking protection selection sequential "
     "verify slowly recovery resuming condensed virtual evolution contest trial calibrations",

@@ -35,7 +35,8 @@ from understudy.virtual import planned
 MERGES = {1: StandIn("merged-v1", into=6), 6: StandIn("merged-v1", into=6), 2: StandIn("merged-v1", into=6)}
 ABSENT = {4: StandIn("absent-v1"), 0: StandIn("constant-v1")}
 ALONE: dict[str, dict[int, StandIn]] = {"nothing": {}, "merged": MERGES, "free": ABSENT, "both": MERGES | ABSENT}
-BESIDE = ALONE | {"every form": MIXED, "bases": {3: shared(3), 5: shared(3), 7: shared(7)}}
+MAPS = {e: StandIn("affine-v1", rank=rank) for e, rank in {0: 3, 3: 2, 5: 3}.items()}
+BESIDE = ALONE | {"every form": MIXED, "maps": MAPS | MERGES, "bases": {3: shared(3), 5: shared(3), 7: shared(7)}}
 
 
 @functools.lru_cache(40)

@@ -33,7 +33,7 @@ class Made:
         self.folder, self.model_type = folder, model_type
         self.model = model_folder(folder / "model", model_type, dtype)
         self.text = text_file(folder / "train.txt", 800)
-        self.stats = calibrated(self.model, folder / "work", ids_of(), extra=["channels", "dense"])
+        self.stats = calibrated(self.model, folder / "work", ids_of(), extra=["channels", "dense", "low_rank"])
 
     def cut(self, name: str, entries: dict[str, Any], **how: Any) -> Path:
         """Replace experts 0 to 3 of every layer."""
@@ -59,10 +59,12 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "constant": ({"constant": [0, 1, 2]}, {}),
     "slim": ({"slim": {0: 8, 1: 8, 3: 0}}, {"slim": {"constant": True}}),
     "merge": ({"merge": [[0, 1], [2, 3, 4]]}, {}),
+    "low_rank": ({"low_rank": {0: 4, 1: 2, 3: 4}}, {}),
     "shared_base": ({"shared_base": [[0, 1], [2, 3, 4]]}, {"shared_base": {"rank": 3}}),
     "adapters": ({"shared_base": [[0, 1, 2]]}, {"shared_base": {"rank": 3, "base": False}}),
     "several": (
-        {"constant": [5], "slim": {6: 8}, "merge": [[0, 1]], "shared_base": [[2, 3]]}, {"shared_base": {"rank": 2}}
+        {"constant": [5], "slim": {6: 8}, "merge": [[0, 1]], "shared_base": [[2, 3]], "low_rank": {4: 3}},
+        {"shared_base": {"rank": 2}},
     ),
 }  # fmt: skip
 

@@ -496,6 +496,14 @@ def test_plan_map_shows_every_expert_once() -> None:
     assert "(2 constant, 5 merge, 3 slim; 8 kept)" in drawn
 
 
+def test_plan_map_tells_ranks_from_neurons() -> None:
+    drawn = maps.plan_map(plan_of({"0": {"low_rank": {1: 2, 4: 32}}}), {"0": 16})
+    shown = cells(str(drawn))
+    assert shown[0, 1][1] == "low_rank: rank 2" and shown[0, 4][1] == "low_rank: rank 32"
+    assert "the stronger, the lower the rank" in drawn
+    assert "2 (of rank 17.0 on average)" in maps.layer_table(plan_of({"0": {"low_rank": {1: 2, 4: 32}}}), None)
+
+
 def test_use_and_scores_have_the_right_shades(place: Path) -> None:
     stats = load_stats(place / "small" / "understudy" / "stats.safetensors")
     counts = {key: layer.count for key, layer in stats.layers.items()}

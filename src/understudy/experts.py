@@ -7,24 +7,26 @@ The class of the live object is swapped for a subclass instead of wrapping the m
 were, so weight converters, every experts implementation of transformers, adapters and sharding go on working. Routes to
 experts without a row reach the family's code as the id K, which transformers reserves for experts that live elsewhere
 and which costs no matrix product. Experts that keep only some of their neurons live in children of the family's own
-class, one for each width, and experts that share bases in one more. Everything is addressed by original ids.
+class, one for each width, affine maps in children of their own, one for each rank, and experts that share bases in one
+more. Everything is addressed by original ids.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from understudy.adapters import Adapters
+from understudy.affine import affine_maps
 from understudy.bases import shared_experts
 from understudy.channels import sliced
 from understudy.grouped import Picks, Stack, answers, rows_of
 from understudy.modulated import Modulation, scaled_answers
+from understudy.seam import first, implementation_of, joined, run
 from understudy.standins import MERGED, SLIM, StandIn, impossible
 
 
@@ -40,6 +42,7 @@ class StandInExperts:
     rows: dict[int, int]  # original id to row; a merged expert shares the row of the one that stands for it
     replaced: tuple[int, ...]  # original ids of the rows of `constants`
     slim: Any  # nn.ModuleList of experts of fewer neurons, a child for each width, ascending; their `kept` are ids
+    thin: Any  # nn.ModuleList of `AffineMaps`, a child for each rank, ascending; their `kept` are ids
     bases: Any  # `SharedExperts` of those that share bases, or None
     adapters: Adapters | None  # low-rank parts of the experts with rows, while they are trained
     modulation: Modulation | None  # which routes of a token run, and vectors for the others
@@ -58,14 +61,14 @@ class StandInExperts:
             hidden_states, id_Tk, gate_Tk, scales = self.modulation(hidden_states, id_Tk, gate_Tk, keys, self._merged)
         own_Tk, row_Tk = gate_Tk, rows[id_Tk]
         if self._merged:
-            row_Tk, gate_Tk = _joined(row_Tk, gate_Tk, len(self.kept))
+            row_Tk, gate_Tk = joined(row_Tk, gate_Tk, len(self.kept))
         if self._in_parts():
             out_TkH = self._apart(hidden_states, row_Tk, gate_Tk, scales)
             if self.bases is not None:  # all routes of a token are summed at once, as by those who have all experts
                 out_TkH = self.bases.routed(hidden_states, shared[id_Tk], own_Tk, out_TkH)
             out_TH = out_TkH.sum(1).to(hidden_states.dtype)
         else:
-            out_TH = _run(self, super().forward, hidden_states, row_Tk, gate_Tk)  # type: ignore[misc]  # a mixin
+            out_TH = run(self, super().forward, hidden_states, row_Tk, gate_Tk)  # type: ignore[misc]  # a mixin
             if self.bases is not None:
                 out_TH = out_TH + self.bases(hidden_states, shared[id_Tk], own_Tk).to(out_TH.dtype)
         child_Tk, place_Tk = children[id_Tk], places[id_Tk]
@@ -78,16 +81,16 @@ class StandInExperts:
             gate_TP = gate_TP.scatter_add(1, columns[id_Tk], own_Tk.float())
             more_TH = (gate_TP[:, :-1] @ self.constants.float()).float()  # autocast multiplies in less
         for number in self._asked(child_Tk):
-            child = self.slim[number]
+            child = self._children[number]
             token_N, slot_N = (child_Tk == number).nonzero(as_tuple=True)
             place_N1, gate_N1 = place_Tk[token_N, slot_N, None], own_Tk[token_N, slot_N, None]
             if not len(token_N):  # any token, by a route that leads elsewhere: its weights get gradients of zero
                 token_N, gate_N1 = token_N.new_zeros(1), own_Tk[:1, :1]
                 place_N1 = torch.full_like(token_N, len(child.kept))[:, None]
-            slim_NH = _run(child, child, hidden_states[token_N], place_N1, gate_N1).float()
+            own_NH = run(child, child, hidden_states[token_N], place_N1, gate_N1).float()
             if more_TH is None:
                 more_TH = torch.zeros_like(hidden_states, dtype=torch.float32)
-            more_TH = more_TH.index_add(0, token_N, slim_NH)
+            more_TH = more_TH.index_add(0, token_N, own_NH)
         return out_TH if more_TH is None else out_TH + more_TH.to(out_TH.dtype)
 
     def _in_parts(self) -> bool:
@@ -100,7 +103,12 @@ class StandInExperts:
             return True
         if self.adapters is not None or self.bases is None:
             return self.adapters is not None
-        return self.bases.originals is not None or _implementation(self) == "grouped_mm"
+        return self.bases.originals is not None or implementation_of(self) == "grouped_mm"
+
+    @property
+    def _children(self) -> list[Any]:
+        """Experts of fewer neurons, then affine maps."""
+        return [*self.slim, *self.thin]
 
     @property
     def _merged(self) -> bool:
@@ -124,11 +132,11 @@ class StandInExperts:
         One past the last row, column or child stands for none, as does the id E.
         """
         if device not in self._maps:
-            child = {e: number for number, child in enumerate(self.slim) for e in child.kept}
-            place = {e: row for child in self.slim for e, row in _numbered(child.kept).items()}
+            child = {e: number for number, child in enumerate(self._children) for e in child.kept}
+            place = {e: row for child in self._children for e, row in _numbered(child.kept).items()}
             known = [(self.rows, len(self.kept)), (_numbered(self.replaced), len(self.replaced))]
             shared = _numbered(self.bases.replaced) if self.bases is not None else {}
-            known += [(child, len(self.slim)), (place, 0), (shared, len(shared))]
+            known += [(child, len(self._children)), (place, 0), (shared, len(shared))]
             apart = {e: len(self.kept) + e for e in (*child, *shared)}
             maps = []
             for by_id, none in [*known, ({**self.rows, **apart}, -1)]:
@@ -140,9 +148,10 @@ class StandInExperts:
 
     def _asked(self, child_Tk: torch.Tensor) -> list[int]:
         """Which children to run: those that a route leads to; all in training, where each must get its gradients."""
-        if torch.is_grad_enabled() or not len(self.slim):
-            return list(range(len(self.slim)))
-        return [number for number in child_Tk.unique().tolist() if number < len(self.slim)]
+        count = len(self._children)
+        if torch.is_grad_enabled() or not count:
+            return list(range(count))
+        return [number for number in child_Tk.unique().tolist() if number < count]
 
     def slim_place(self, expert: int) -> tuple[Any, int]:
         """Return the module that holds an expert of fewer neurons, and its row there.
@@ -155,6 +164,10 @@ class StandInExperts:
                 return child, child.kept.index(expert)
         return self, self.rows[expert]
 
+    def thin_place(self, expert: int) -> tuple[Any, int]:
+        """Return the `AffineMaps` that hold an expert's map, and its row there."""
+        return next((child, child.kept.index(expert)) for child in self.thin if expert in child.kept)
+
     def constant_row(self, expert: int) -> int:
         """Return the row of `constants` that belongs to an expert."""
         return self.replaced.index(expert)
@@ -166,55 +179,13 @@ class StandInExperts:
             main = self.modulation.split(top_k_index, top_k_weights, keys, self._merged)[:2]
             top_k_index, _ = self.modulation.with_free(*main, top_k_index, top_k_weights, keys)
         row_Tk = rows[top_k_index]
-        again_Tk = (row_Tk != len(self.kept)) & ~_first(row_Tk)
+        again_Tk = (row_Tk != len(self.kept)) & ~first(row_Tk)
         none = self.num_logical_experts
         return torch.bincount(top_k_index[~again_Tk].reshape(-1), minlength=none)[:none]
 
 
-def _run(
-    experts: Any, forward: Callable[..., torch.Tensor], hidden_TH: torch.Tensor, row_Tk: torch.Tensor, gate_Tk: Any
-) -> torch.Tensor:
-    """Run the family's forward on the routes that lead to a row of `experts`; the others lead to one past the last."""
-    count = len(experts.kept)
-    gate_Tk = gate_Tk.masked_fill(row_Tk == count, 0)
-    implementation = _implementation(experts)
-    if implementation == "grouped_mm" and not _aligned(experts):
-        own_loops = (getattr(cls.__dict__.get("forward"), "__wrapped__", None) for cls in type(experts).__mro__)
-        forward, implementation = partial(next(filter(None, own_loops)), experts), "eager"
-    if implementation == "eager":
-        # Some families' own loops reject the reserved id; there such a route runs any expert at weight zero.
-        row_Tk = row_Tk.clamp(max=count - 1)
-    return forward(hidden_TH, row_Tk, gate_Tk)
-
-
-def _implementation(experts: Any) -> str:
-    """Name what runs the experts; a module without a config runs a loop of its own."""
-    return getattr(getattr(experts, "config", None), "_experts_implementation", None) or "eager"
-
-
-def _aligned(experts: Any) -> bool:
-    """Whether torch's grouped product takes the weights, whose rows must be multiples of 16 bytes long."""
-    down = experts.down_proj
-    width = down.shape[1] if getattr(experts, "is_transposed", False) else down.shape[2]
-    return width * down.element_size() % 16 == 0
-
-
 def _numbered(ids: tuple[int, ...]) -> dict[int, int]:
     return {expert: row for row, expert in enumerate(ids)}
-
-
-def _first(row_Tk: torch.Tensor) -> torch.Tensor:
-    """Whether a route is the first of its token that leads to its row, `[T, k]`."""
-    same_Tkk = row_Tk[:, :, None] == row_Tk[:, None, :]
-    return ~same_Tkk.tril(-1).any(-1)
-
-
-def _joined(row_Tk: torch.Tensor, gate_Tk: torch.Tensor, none: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make one route of those of a token that lead to the same row, their gates added; the others lead to `none`."""
-    same_Tkk = row_Tk[:, :, None] == row_Tk[:, None, :]
-    sum_Tk = (same_Tkk * gate_Tk[:, None, :].float()).sum(-1).to(gate_Tk.dtype)
-    first_Tk = _first(row_Tk)
-    return row_Tk.masked_fill(~first_Tk, none), torch.where(first_Tk, sum_Tk, torch.zeros_like(sum_Tk))
 
 
 _SUBCLASSES: dict[type, type] = {}  # one for each family, so that equal modules have equal classes
@@ -240,10 +211,10 @@ def install(experts: Any, stand_ins: Mapping[int, StandIn], num_experts: int) ->
 
     On the meta device or a real one: stacked weights lose the rows of experts that own none; a merged group keeps the
     row of the expert that stands for it; experts of fewer neurons start with their first ones; `constants` `[P, H]`
-    start as zeros, in the dtype of the weights; experts that share bases start with the weights of the first of their
-    group. Without any stand-in all stays as it is, but for what may be trained on top of it. Where no expert of full
-    width is left, the stacked weights hold the widest of the others, so that a loader that does not know of stand-ins
-    always finds weights of another shape.
+    start as zeros, in the dtype of the weights, as do affine maps; experts that share bases start with the weights of
+    the first of their group. Without any stand-in all stays as it is, but for what may be trained on top of it. Where
+    no expert of full width is left, the stacked weights hold the widest of the others, so that a loader that does not
+    know of stand-ins always finds weights of another shape.
     """
     assert not stand_ins or impossible(stand_ins, num_experts) is None
     assert not isinstance(experts, StandInExperts)
@@ -269,7 +240,7 @@ def install(experts: Any, stand_ins: Mapping[int, StandIn], num_experts: int) ->
         _keep_rows(experts, kept, num_experts)
     zeros = torch.zeros(len(constants), hidden, dtype=down.dtype, device=down.device)
     experts.register_parameter("constants", nn.Parameter(zeros, down.requires_grad) if constants else None)
-    experts.slim = nn.ModuleList(children)
+    experts.slim, experts.thin = nn.ModuleList(children), affine_maps(stand_ins, hidden, down)
     experts.bases, experts.adapters, experts.modulation = bases, None, None
     experts.stand_ins = dict(sorted(stand_ins.items()))
     experts.kept, experts.replaced, experts.num_logical_experts = tuple(kept), constants, num_experts
@@ -291,7 +262,7 @@ def modulate(experts: Any, num_experts: int, main_k: int, vectors: int, renormal
     """
     if not isinstance(experts, StandInExperts):
         install(experts, {}, num_experts)
-    assert vectors == 1 or not (len(experts.slim) or experts.bases is not None)
+    assert vectors == 1 or not (len(experts._children) or experts.bases is not None)
     experts.modulation = Modulation(experts, num_experts, main_k, vectors, renormalise)
 
 
@@ -301,7 +272,8 @@ def _owns_row(expert: int, stand_in: StandIn) -> bool:
 
 def parts_of(experts: Any) -> dict[str, nn.Module]:
     """Return the modules inside one with stand-ins that hold weights of their own, by name: `slim.0`, `bases`."""
-    found = {f"slim.{number}": child for number, child in enumerate(getattr(experts, "slim", ()))}
+    lists = {name: getattr(experts, name, ()) for name in ("slim", "thin")}
+    found = {f"{name}.{number}": child for name, of in lists.items() for number, child in enumerate(of)}
     if getattr(experts, "bases", None) is not None:
         found |= {"bases": experts.bases, "bases.adapters": experts.bases.adapters}
     return found

@@ -22,7 +22,7 @@ from understudy.moe import MoELayer
 from understudy.runtime import quiet_transformers
 from understudy.shards import Lazy, Piece, whole
 from understudy.skeleton import Skeleton
-from understudy.standins import ABSENT, ARCHITECTURE_PREFIX, MERGED, SHARED, SLIM, StandIn
+from understudy.standins import ABSENT, AFFINE, ARCHITECTURE_PREFIX, MERGED, SHARED, SLIM, StandIn
 from understudy.weights import DTYPES
 
 
@@ -69,12 +69,13 @@ def check_ordinary(key: str, stand_ins: Mapping[int, StandIn]) -> None:
     """Refuse stand-ins that no expert of a family can be.
 
     Raises:
-        PlanError: an expert becomes a vector.
+        PlanError: an expert becomes a vector, or an affine map.
     """
     for expert, stand_in in stand_ins.items():
         if stand_in.constant or stand_in.format not in (MERGED, SLIM, ABSENT, SHARED):
+            what = "an affine map" if stand_in.format == AFFINE else "a vector"
             raise PlanError(
-                f"layer {key}: expert {expert} becomes a vector, which no expert of the family can be; leave out "
+                f"layer {key}: expert {expert} becomes {what}, which no expert of the family can be; leave out "
                 "--materialise"
             )
 

@@ -170,7 +170,10 @@ class StandInLoader(HfQuantizer):
         return adapt_conversions(weight_conversions, model or self._model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        conversions = getattr(model, "_weight_conversions", None)
         self.remove_quantization_config(model)
+        if conversions is not None:  # some versions take them away, too; saving would number the kept experts anew
+            model._weight_conversions = conversions
         del self._model
         experts = [m for m in model.modules() if isinstance(m, StandInExperts)]
         whole_layers = (

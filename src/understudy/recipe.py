@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from understudy.errors import UnderstudyError
 
 Scope = Literal["layer", "model", "mass"]
-Extra = Literal["sets", "subsets", "dense", "candidates", "channels", "grams", "gradients", "modulation"]
+Extra = Literal["sets", "subsets", "dense", "candidates", "channels", "grams", "gradients", "modulation", "low_rank"]
 _SPEC = (
     "text: a file, .jsonl[.xz|.gz|.zst][:field], folder or hf:name[config]:split:field, with =WEIGHT if wanted; "
     "repeat it for several"
@@ -52,7 +52,7 @@ class Calibration(_Reading):
     collect: tuple[Extra, ...] = Field(
         (),
         description="sums that cost more, commas between them: sets, subsets, dense, candidates, channels, grams, "
-        "gradients, modulation",
+        "gradients, modulation, low_rank",
     )
     dense_tokens: int = Field(
         2048, gt=1, description="tokens sent through every expert, with --collect dense or candidates"

@@ -103,7 +103,7 @@ def _with_stand_ins(experts: Any) -> tuple[int, np.ndarray]:
     each = _row_params(experts, len(experts.kept))
     stored = each * len(experts.kept)
     params_E[list(experts.rows)] = each
-    for child in experts.slim:
+    for child in (*experts.slim, *experts.thin):
         each = _row_params(child, len(child.kept))
         stored += each * len(child.kept)
         params_E[list(child.kept)] = each

@@ -10,6 +10,7 @@ carries an architecture that no engine knows, so that what goes by the architect
     absent-v1    the expert answers zero
     shared-v1    the expert is the weights of its group, named by its first member `into`, plus products of two thin
                  matrices of rank `rank` that are its own; without `into`, these products alone
+    affine-v1    the expert answers a constant vector plus its input times two thin matrices of rank `rank`
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from understudy.errors import CheckpointError, PlanError
 
 CONSTANT, MERGED, SLIM, ABSENT = "constant-v1", "merged-v1", "slim-v1", "absent-v1"
-SHARED = "shared-v1"
+SHARED, AFFINE = "shared-v1", "affine-v1"
 ARCHITECTURE_PREFIX = "Understudy"
 ROUTER_SEMANTICS = {
     "preserve_logical_expert_ids": True,
@@ -38,21 +39,23 @@ class StandIn:
     format: str
     into: int | None = None  # of merged-v1, and of shared-v1 where it has a base
     width: int | None = None  # of slim-v1, at least 1
-    constant: bool = False  # of slim-v1, and always of constant-v1
-    rank: int | None = None  # of shared-v1, at least 1
+    constant: bool = False  # of slim-v1, and always of constant-v1 and affine-v1
+    rank: int | None = None  # of shared-v1 and affine-v1, at least 1
 
     def __post_init__(self) -> None:
-        if self.format == CONSTANT:
+        if self.format in (CONSTANT, AFFINE):
             object.__setattr__(self, "constant", True)
         plain = self.width is None and not self.constant
+        ranked = self.rank is not None and self.rank > 0
         fits = {
             CONSTANT: self.into is None and self.width is None,
             MERGED: self.into is not None and plain,
             SLIM: self.into is None and self.width is not None and self.width > 0,
             ABSENT: self.into is None and plain,
-            SHARED: plain and self.rank is not None and self.rank > 0,
+            SHARED: plain and ranked,
+            AFFINE: self.into is None and self.width is None and ranked,
         }
-        if not fits.get(self.format, False) or (self.rank is not None and self.format != SHARED):
+        if not fits.get(self.format, False) or (self.rank is not None and self.format not in (SHARED, AFFINE)):
             raise ValueError(f"not a form of stand-in that this version reads: {self}")
 
     @property
@@ -78,7 +81,7 @@ def impossible(stand_ins: Mapping[int, StandIn], num_experts: int) -> str | None
         if stand_in.format == SHARED:
             return f"expert {expert} shares a base with {stand_in.into}, which is not a member of that group"
         return f"expert {expert} is merged into {stand_in.into}, which is not a merged expert that stands for itself"
-    gone = sum(s.format in (CONSTANT, ABSENT, SHARED) for s in stand_ins.values())
+    gone = sum(s.format in (CONSTANT, ABSENT, SHARED, AFFINE) for s in stand_ins.values())
     if not stand_ins or gone == num_experts:
         return "no stand-in is named" if not stand_ins else "no expert keeps any weights of its own"
     if all(s.format == MERGED and s.into == e for e, s in stand_ins.items()):
@@ -268,9 +271,11 @@ def _written(stand_in: StandIn, tensor: str | None) -> dict[str, Any]:
 
 def _read(replacement: Mapping[str, Any]) -> StandIn:
     form, numbers = replacement["format"], {name: replacement.get(name) for name in ("into", "width", "rank")}
-    if form not in (CONSTANT, MERGED, SLIM, ABSENT, SHARED):
+    if form not in (CONSTANT, MERGED, SLIM, ABSENT, SHARED, AFFINE):
         raise ValueError(f"a stand-in of format {form!r}")
     for name, n in numbers.items():
         if isinstance(n, bool) or not isinstance(n, int | None):
             raise ValueError(f"{name} of a {form} is a whole number, not {n!r}")
+    if form == AFFINE and "tensors" not in replacement:
+        raise ValueError(f"an {form} without the tensor of its constant")
     return StandIn(form, constant="tensors" in replacement, **numbers)

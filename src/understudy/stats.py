@@ -25,7 +25,7 @@ from understudy.sums import ExpertStats as ExpertStats
 
 FORMAT = 1
 # groups of sums that cost time or room and are asked for
-EXTRA = ("sets", "subsets", "dense", "candidates", "channels", "grams", "gradients", "modulation")
+EXTRA = ("sets", "subsets", "dense", "candidates", "channels", "grams", "gradients", "modulation", "low_rank")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ gives a route at the seam, renormalised where the family does so), y the output 
 activations (what enters `down_proj`), d the gradient of the loss with respect to h, r the router's logits, N tokens,
 `FEW` at most; W the matrix of `down_proj`, u the gradient of the loss with respect to what the routed experts put out
 together for a token; for Compressed Experts a the share of an expert in the gates of a token's auxiliary experts, V
-numbers of an expert's vectors (H, or what enters gate, up and down together).
+numbers of an expert's vectors (H, or what enters gate, up and down together); x what enters an expert, R = `RANKS`, or
+H where that is less.
 
 Groups other than the first are there when they were collected and the family allows it; else their fields are None.
 """
@@ -21,16 +22,18 @@ import numpy as np
 from understudy.errors import StatsError
 
 FEW = 64  # tokens of which every expert's activations are kept
+RANKS = 32  # up to which affine maps are fitted
 _VECTORS = (
     "mean",
     "weighted_mean",
     "dense_sum",
     "modulation_sum",
+    "affine_mean",
 )  # as long as experts times the hidden size: stored in float32
 # longer still, up to as large as the weights: float32 in memory too
-_SERIES = ("dense_activations", "activation_gram", "down_gram", "gradient_down_gram")
+_SERIES = ("dense_activations", "activation_gram", "down_gram", "gradient_down_gram", "affine_in", "affine_out")
 # of those, what is read from its file when it is looked at, not before
-MAPPED = ("activation_gram", "down_gram", "gradient_down_gram")
+MAPPED = ("activation_gram", "down_gram", "gradient_down_gram", "affine_in", "affine_out")
 
 
 def optional(group: str, merge: str = "sum") -> Any:
@@ -118,10 +121,18 @@ class ExpertStats:
     modulation_vectors: Any = optional("modulation", "equal")  # [] 1 or 3
     modulation_renormalise: Any = optional("modulation", "equal")  # [] 1: gates were scaled up, 0: they were not
 
+    # y = weighted_mean + (x - affine_mean) A B, fitted to each part of the sample; merged: that of the larger part
+    affine_in: Any = optional("low_rank", "affine")  # [E, H, R] A, the columns that matter most first
+    affine_out: Any = optional("low_rank", "affine")  # [E, R, H] B
+    affine_mean: Any = optional("low_rank", "affine")  # [E, H] mean x, weighted by g^2
+    affine_gain: Any = optional("low_rank", "affine")  # [E, R] error that each further rank removes, by held-out routes
+    affine_error: Any = optional("low_rank", "affine")  # [E] sum g^2 |y - weighted_mean|^2, the error of rank 0
+
     def __add__(self, other: ExpertStats) -> ExpertStats:
         """Merge two disjoint samples; the second moments by Chan's pairwise rule (Chan, Golub, LeVeque 1983).
 
-        What one of the two lacks, the result lacks.
+        What one of the two lacks, the result lacks. Affine maps do not add: each expert keeps the one that was fitted
+        where the sum of g^2 is larger, with its errors counted up to both, while means and constants are of both.
 
         Raises:
             StatsError: their vectors were fitted for different settings.
@@ -133,6 +144,8 @@ class ExpertStats:
         ):
             a, b = ((getattr(x, weight), getattr(x, mean), getattr(x, scatter)) for x in (self, other))
             merged[mean], merged[scatter] = _chan(*a, *b)
+        if merged["affine_in"] is not None:
+            merged |= _affine(self, other)
         if merged["topk_sets"] is not None:
             merged["topk_sets"], merged["topk_counts"] = _union(self, other)
         return ExpertStats(**merged)
@@ -172,7 +185,7 @@ def _merge(f: Any, a: Any, b: Any) -> Any:
     rule = f.metadata.get("merge", "sum")
     if a is None or b is None:
         return None
-    if rule in ("same", "sets"):
+    if rule in ("same", "sets", "affine"):
         return a
     if rule == "equal":
         if a != b:
@@ -191,6 +204,23 @@ def _chan(weight_a: Any, mean_a: Any, m2_a: Any, weight_b: Any, mean_b: Any, m2_
     share_b = weight_b / (total + (total == 0))  # where neither side saw a route, 0 and not 0/0
     delta = mean_b - mean_a
     return mean_a + delta * share_b[:, None], m2_a + m2_b + (delta * delta).sum(-1) * weight_a * share_b
+
+
+def _affine(a: ExpertStats, b: ExpertStats) -> dict[str, np.ndarray]:
+    """Return the maps fitted to the part that weighs more, by expert, for the mean of both."""
+    weight_a, weight_b = np.asarray(a.gate_sq_sum), np.asarray(b.gate_sq_sum)
+    larger, total = np.maximum(weight_a, weight_b), weight_a + weight_b
+    more = np.where(larger > 0, total / np.where(larger > 0, larger, 1), 1)
+    found = {}
+    for name in ("affine_in", "affine_out", "affine_gain", "affine_error"):
+        one, other = np.asarray(getattr(a, name)), np.asarray(getattr(b, name))
+        each = (-1, *[1] * (one.ndim - 1))
+        found[name] = np.where((weight_b > weight_a).reshape(each), other, one)
+        if name in ("affine_gain", "affine_error"):
+            found[name] = found[name] * more.reshape(each)
+    share_b = weight_b / np.where(total > 0, total, 1)
+    found["affine_mean"] = a.affine_mean + (b.affine_mean - a.affine_mean) * share_b[:, None]
+    return found
 
 
 def _union(a: ExpertStats, b: ExpertStats) -> tuple[np.ndarray, np.ndarray]:

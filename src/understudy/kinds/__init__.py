@@ -37,6 +37,7 @@ class Kind(ABC):
         renumbers: the kept experts move up and their router rows with them; such a kind takes the same number of
             experts from every layer, and from every group of a group-limited router, and shares a layer with no other.
         whole_numbers: of the form with numbers, that they are whole ones.
+        counts: of whole numbers, what they count, for people.
         form: what a plan lists under the kind: ids, groups of ids, or a number for each id.
         losers: any expert that a score ranks low can become this; else the kind asks for more than a list of ids.
     """
@@ -49,6 +50,7 @@ class Kind(ABC):
     losers: bool = True
     form: Literal["ids", "groups", "numbers"] = "ids"
     whole_numbers: bool = True
+    counts: str = "neurons"
 
     @abstractmethod
     def stored_bytes(self, layer: LayerFacts, entry: Entry) -> int:
@@ -110,8 +112,9 @@ class Kind(ABC):
         """Write the values of the stand-ins into `made`, the layer's experts with stand-ins, from the live `source`.
 
         Both are modules in the family's own layout, `source` with all experts. `made.rows` gives the row of an expert
-        in the stacked weights, `made.slim_place(id)` the module and row of one of fewer neurons, and
-        `made.constant_row(id)` the row of its vector in `made.constants`.
+        in the stacked weights, `made.slim_place(id)` the module and row of one of fewer neurons,
+        `made.thin_place(id)` of one that becomes an affine map, and `made.constant_row(id)` the row of its vector in
+        `made.constants`.
         """
 
     def answer(self, stats: ExpertStats, expert: int) -> np.ndarray | None:

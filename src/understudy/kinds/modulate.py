@@ -111,7 +111,7 @@ class Modulate(Kind):
         """Return why a layer cannot have both."""
         if not other.substitutes:
             return "nothing would be left to choose from; use one of them"
-        if self.vectors == 3 and other.name in ("slim", "shared_base"):
+        if self.vectors == 3 and other.name in ("slim", "shared_base", "low_rank"):
             return "its experts have no projections of one size that are theirs alone; use vectors: 1"
         if self.vectors == 3 and self.fit and other.name == "merge":
             return (

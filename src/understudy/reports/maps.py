@@ -18,6 +18,7 @@ from understudy.kinds import all_kinds
 from understudy.plans import Plan
 from understudy.reports.markup import Html, folded, scrolling, table, tag
 from understudy.reports.words import few, number
+from understudy.sums import RANKS
 
 KIND_COLOURS = {"constant": 0, "drop": 1, "merge": 2, "slim": 3, "layer_drop": 4, "block_drop": 5}
 _USE = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # bounds of shades, in shares of an even split
@@ -72,6 +73,10 @@ def plan_map(plan: Plan, widths: Mapping[str, int | None]) -> Html:
                 for i, weight in entry.items():
                     label = "answers every token" if weight else "removed"
                     cells[f"{colour} o{1 if weight else _WIDTH_STEPS}", f"{kind}: {label}"].append((i, row))
+            elif isinstance(entry, dict) and counts_ranks(kind):
+                for i, rank in entry.items():
+                    step = min(int(_WIDTH_STEPS * (rank - 1) / RANKS), _WIDTH_STEPS - 1)
+                    cells[f"{colour} o{_WIDTH_STEPS - step}", f"{kind}: rank {rank}"].append((i, row))
             elif isinstance(entry, dict):
                 full = widths.get(key) or max(entry.values()) or 1
                 for i, width in entry.items():
@@ -141,11 +146,17 @@ def _for_all_tokens(kind: str) -> bool:
     return kind in all_kinds() and not all_kinds()[kind].whole_numbers
 
 
+def counts_ranks(kind: str) -> bool:
+    """Whether the numbers of a kind are ranks, not neurons."""
+    return kind in all_kinds() and all_kinds()[kind].counts == "ranks"
+
+
 def _entry(kind: str, entry: Entry) -> str:
     if isinstance(entry, dict) and _for_all_tokens(kind):
         return f"{len(entry)} ({sum(1 for weight in entry.values() if weight)} answer every token)"
     if isinstance(entry, dict):
-        return f"{len(entry)} (to {number(sum(entry.values()) / len(entry))} neurons on average)"
+        mean = number(sum(entry.values()) / len(entry))
+        return f"{len(entry)} ({f'of rank {mean}' if counts_ranks(kind) else f'to {mean} neurons'} on average)"
     if entry and isinstance(entry[0], tuple):
         return f"{len(ids_of(entry))} in {few(len(entry), 'group')}"
     return str(len(entry))
@@ -159,7 +170,8 @@ def _legend(plan: Plan) -> list[Html]:
             if isinstance(entry, dict) and _for_all_tokens(kind):
                 found[kind] = _sample(f"{colour} o1", f"{kind}: pale where an expert answers every token, else removed")
             elif isinstance(entry, dict):
-                found[kind] = _sample(f"{colour} o3", f"{kind}: the stronger, the fewer neurons are left")
+                fewer = "the lower the rank" if counts_ranks(kind) else "the fewer neurons are left"
+                found[kind] = _sample(f"{colour} o3", f"{kind}: the stronger, {fewer}")
             elif entry and isinstance(entry[0], tuple):
                 found[kind] = _sample(colour, f"{kind}: a group in one shade; a dot marks the one that it goes by")
             else:

@@ -87,7 +87,9 @@ def _removed(plan: Plan) -> str:
         total += count
         what = all_kinds()[kind].description if kind in all_kinds() else "a kind of another version"
         left = [n for entry in listed_ if isinstance(entry, dict) for n in entry.values()]
-        kept = f", {number(sum(left) / len(left))} neurons on average" if left else ""
+        mean = number(sum(left) / len(left)) if left else ""
+        of = f"rank {mean}" if maps.counts_ranks(kind) else f"{mean} neurons"
+        kept = f", {of} on average" if left else ""
         if kind in all_kinds() and not all_kinds()[kind].whole_numbers:
             kept = f"; {sum(1 for n in left if n)} do"
         became.append(f"{count:,} by “{kind}” ({what}{kept})")
