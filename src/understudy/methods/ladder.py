@@ -12,7 +12,7 @@ from understudy.entries import Entry
 from understudy.methods import Choice, Method, Problem
 from understudy.selection import Channels, Widths, by_layer, by_rank, choose_widths
 
-_CLASSES = 8  # widths in a layer: each is a set of matrix products of its own
+CLASSES = 8  # widths in a layer: each is a set of matrix products of its own
 _CLOSE = 1 - 1e-9  # a ratio that is a whole number of experts but for rounding takes no further one
 
 
@@ -27,7 +27,7 @@ def ranked(problem: Problem, ratio: float, score: str) -> Choice:
         return _whole_experts(problem, scores, ratio, score)
     spread = by_layer if problem.settings.scope == "layer" else by_rank
     widths: Widths = spread(problem, scores, ratio, constant=True)
-    return choose_widths(problem, scores, widths, score, constant=True, refit=True, classes=_CLASSES)
+    return choose_widths(problem, scores, widths, score, constant=True, refit=True, classes=CLASSES)
 
 
 def _whole_experts(problem: Problem, scores: Channels, ratio: float, score: str) -> Choice:
