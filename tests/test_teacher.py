@@ -85,7 +85,7 @@ def test_streamed_says_what_resident_says(family: Path, tmp_path: Path) -> None:
         assert not got.requires_grad and not wanted.requires_grad
         looked_at = batch["attention_mask"].bool()
         # what an expert gets together depends on the batch, and the order of its sums with it
-        torch.testing.assert_close(got[looked_at], wanted[looked_at], rtol=0, atol=1e-5)
+        torch.testing.assert_close(got[looked_at], wanted[looked_at], rtol=0, atol=1e-4)
 
 
 def test_padding_on_the_right_changes_nothing_before_it(family: Path, tmp_path: Path) -> None:
@@ -98,8 +98,8 @@ def test_padding_on_the_right_changes_nothing_before_it(family: Path, tmp_path: 
             length = int(lessons.mask[row].sum())
             ids = torch.from_numpy(lessons.ids[row : row + 1, :length]).long()
             alone = teacher.logits({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0]
-            torch.testing.assert_close(zeros[row, :length], alone, rtol=0, atol=1e-5)
-            torch.testing.assert_close(sevens[row, :length], alone, rtol=0, atol=1e-5)
+            torch.testing.assert_close(zeros[row, :length], alone, rtol=0, atol=1e-4)
+            torch.testing.assert_close(sevens[row, :length], alone, rtol=0, atol=1e-4)
     padded = ~torch.from_numpy(lessons.mask)
     assert (zeros - sevens)[padded].abs().max() > 0.1  # else this would show nothing
 

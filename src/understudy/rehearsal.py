@@ -11,7 +11,7 @@ import numpy as np
 
 from understudy.facts import LayerFacts, ModelFacts
 from understudy.stats import Stats
-from understudy.sums import FEW, ExpertStats, group_of, required_fields
+from understudy.sums import FEW, RANKS, ExpertStats, group_of, required_fields
 
 # Fields that are not [E] by their letters; of the channels group, those that are not [E, I].
 _SHAPES = {
@@ -39,6 +39,10 @@ _SHAPES = {
     "subset_loss": "P",
     "activation_gram": "EII",
     "down_gram": "EII",
+    "affine_in": "EHR",
+    "affine_out": "ERH",
+    "affine_mean": "EH",
+    "affine_gain": "ER",
     "gradient_tokens": "",
     "gradient_down_gram": "EII",
     "attribution_sum": "E",
@@ -75,6 +79,7 @@ def made_up(facts: ModelFacts, needs: Collection[str], weights_only: bool = Fals
 
 def _layer(layer: LayerFacts, names: Collection[str]) -> ExpertStats:
     lengths = {"E": layer.experts, "H": layer.hidden, "I": layer.width or 0, "K": layer.top_k, "N": FEW, "S": 1}
+    lengths["R"] = min(RANKS, layer.hidden)
     lengths["P"] = 1 << layer.experts if layer.experts <= SUBSETS_OF else 0
     ones = {name: np.broadcast_to(np.float64(1), [lengths[x] for x in letters_of(name)]) for name in names}
     if "topk_sets" in ones:
