@@ -133,7 +133,7 @@ def filled(stats: Stats, seed: int = 0) -> Stats:
     rng, layers = np.random.default_rng(seed), {}
     for key, layer in stats.layers.items():
         facts = stats.model.layers[key]
-        lengths = {"E": facts.experts, "H": facts.hidden, "I": facts.width or 1, "N": 3, "P": 2**facts.experts}
+        lengths = {"E": facts.experts, "H": facts.hidden, "I": facts.width or 1, "N": 3, "P": 2**facts.experts, "R": 4}
         drawn = {}
         for name in (f.name for f in fields(ExpertStats) if getattr(layer, f.name) is None):
             values = 1 + rng.random([lengths[x] for x in letters_of(name)])
