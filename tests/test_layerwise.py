@@ -164,14 +164,14 @@ def test_a_layer_that_gets_worse_keeps_its_weights(made: Made, cut: Path, tmp_pa
     assert all(torch.equal(old[k], new[k]) for k in old)
 
 
-def test_micro_batches_make_the_same_step(made: Made, cut: Path, tmp_path: Path) -> None:
-    """Two at once, or one after the other: the step is that of their sum."""
+def test_micro_batches_add_up_to_a_step_of_the_same_size(made: Made, cut: Path, tmp_path: Path) -> None:
+    """Two at once, or one after the other (other pairs of sequences): as many steps, errors of the same size."""
     how = {"teacher": made.model, "train": made.text, **LAYERS, "steps": 1}
     for name, micro in (("whole", 2), ("parts", 1)):
         understudy.recover(cut, tmp_path / name, **how, micro_batch=micro)
     whole, parts = (_run_of(tmp_path / name)["losses"] for name in ("whole", "parts"))
     assert [x["layer"] for x in whole] == [x["layer"] for x in parts] == [0, 1, 2, 3]
-    assert all(0 < x["loss"] < 10 for x in (*whole, *parts))
+    assert [x["loss"] for x in parts] == pytest.approx([x["loss"] for x in whole], rel=0.5)
 
 
 def test_bfloat16_is_near(made: Made, cut: Path, tmp_path: Path) -> None:

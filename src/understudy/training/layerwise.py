@@ -212,7 +212,7 @@ class _Layerwise:
             with torch.no_grad():
                 for name, p in parameters.items():
                     p.copy_(start[name])
-        self._keep(_Layer(index, first, min(last, first), losses), parameters)
+        self._keep(_Layer(index, first, last if last < first else first, losses), parameters)  # last may be NaN
 
     def _order(self, index: int) -> Iterator[int]:
         """Give batches to train on: all in a random order, then again in another."""
