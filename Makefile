@@ -15,7 +15,7 @@ RUN := $(VENV)/bin/python -m
 # where other programs want the cores, too. MKL gives the same bits for the same numbers wherever they lie in memory only
 # if it is told to; the tests compare bits.
 SMALL := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1
-TEST := $(SMALL) MKL_CBWR=COMPATIBLE $(RUN) pytest -n $(JOBS) --dist worksteal
+TEST := $(SMALL) MKL_CBWR=AVX2,STRICT $(RUN) pytest -n $(JOBS) --dist worksteal
 
 DEMO := examples/demo
 OUT := out/demo

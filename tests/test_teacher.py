@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import small
 import zoo
+from contract import ids_of, load, rounding_of
 from understudy.errors import NumericError, OutputError, UnsupportedModelError
 from understudy.skeleton import Skeleton
 from understudy.training import hidden
@@ -54,6 +56,12 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return small.model_folder(tmp_path_factory.mktemp(request.param) / "model", request.param)
 
 
+def allowed(folder: Path) -> float:
+    """What an expert gets together depends on the batch, and the order of its sums with it."""
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    return max(1e-5, 4 * rounding_of(load(folder, model_type), ids_of()))
+
+
 @pytest.fixture(scope="module")
 def olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.model_folder(tmp_path_factory.mktemp("olmoe") / "model")
@@ -84,12 +92,11 @@ def test_streamed_says_what_resident_says(family: Path, tmp_path: Path) -> None:
         assert got.shape == wanted.shape == (*batch["input_ids"].shape, zoo.VOCAB)
         assert not got.requires_grad and not wanted.requires_grad
         looked_at = batch["attention_mask"].bool()
-        # what an expert gets together depends on the batch, and the order of its sums with it
-        torch.testing.assert_close(got[looked_at], wanted[looked_at], rtol=0, atol=1e-4)
+        torch.testing.assert_close(got[looked_at], wanted[looked_at], rtol=0, atol=allowed(family))
 
 
 def test_padding_on_the_right_changes_nothing_before_it(family: Path, tmp_path: Path) -> None:
-    lessons = lessons_of(4, 0)
+    lessons, atol = lessons_of(4, 0), allowed(family)
     other = Lessons(np.where(lessons.mask, lessons.ids, 7), lessons.labels, lessons.mask, "other")
     with opened(family, (lessons, other), tmp_path, True) as teacher:
         zeros, sevens = (teacher.logits(batch_of(x, range(4))) for x in (lessons, other))
@@ -98,8 +105,8 @@ def test_padding_on_the_right_changes_nothing_before_it(family: Path, tmp_path: 
             length = int(lessons.mask[row].sum())
             ids = torch.from_numpy(lessons.ids[row : row + 1, :length]).long()
             alone = teacher.logits({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0]
-            torch.testing.assert_close(zeros[row, :length], alone, rtol=0, atol=1e-4)
-            torch.testing.assert_close(sevens[row, :length], alone, rtol=0, atol=1e-4)
+            torch.testing.assert_close(zeros[row, :length], alone, rtol=0, atol=atol)
+            torch.testing.assert_close(sevens[row, :length], alone, rtol=0, atol=atol)
     padded = ~torch.from_numpy(lessons.mask)
     assert (zeros - sevens)[padded].abs().max() > 0.1  # else this would show nothing
 
