@@ -438,12 +438,39 @@ def test_the_method_takes_half(source: Callable[..., Source]) -> None:
         ({"main_k": 0}, "main_k"),
         ({"vectors": 2}, "vectors of modulate is 1 or 3, not 2"),
         ({"kind": "constant"}, "compressed_experts cannot make constant; use --kind modulate"),
-        ({"method": "mone", "ratio": 0.5, "main_k": 2}, "--main-k has no effect on method mone; leave it out"),
+        ({"method": "mone", "ratio": 0.5, "vectors": 3}, "--vectors has no effect on method mone; leave it out"),
+        ({"method": "mone", "ratio": 0.5, "main_k": 4}, "--main-k 4 is not fewer than the 4 experts"),
+        ({"method": "mone", "ratio": 0.5, "main_k": 2, "fit": True}, "--fit has no effect on method mone"),
+        (
+            {"method": "reap", "ratio": 0.5, "main_k": 2},
+            "--main-k with method reap, whose experts become drop",
+        ),
+        ({"method": "heapr", "ratio": 0.5, "main_k": 2, "vectors": 3}, "whose experts become slim: .* use vectors: 1"),
     ],
 )
 def test_settings_of_the_method(options: dict[str, Any], message: str, source: Callable[..., Source]) -> None:
     with pytest.raises(UnderstudyError, match=message):
         understudy.plan(source().stats, **{"method": "compressed_experts", **options})
+
+
+@pytest.mark.parametrize("method", ["mone", "camera", "replace_shared"])
+def test_lies_over_what_another_method_makes(method: str, source: Callable[..., Source], tmp_path: Path) -> None:
+    """`--main-k` beside a method's own settings adds vectors to its plan, and budgets count them."""
+    made, given = source(), {"method": method} | ({"rank": 1} if method == "replace_shared" else {})
+    alone = understudy.plan(made.stats, **given, ratio=0.3)
+    over = understudy.plan(made.stats, **given, ratio=0.3, main_k=1, renormalise=True)
+    assert over.plan.how == {**alone.plan.how, "modulate": {"main_k": 1, "vectors": 1, "renormalise": True}}
+    for key, layer in made.stats.model.layers.items():
+        assert over.plan.layers[key] == {**alone.plan.layers.get(key, {}), "modulate": tuple(range(layer.experts))}
+    vectors = sum(x.experts * x.hidden * x.element_bytes for x in made.stats.model.layers.values())
+    assert over.expected_bytes == alone.expected_bytes + vectors
+    assert over.plan.recipe["main_k"] == 1
+    budget = alone.expected_bytes + vectors // 2
+    fitting = understudy.plan(made.stats, **given, size=f"{budget}B", main_k=1)
+    assert fitting.expected_bytes <= budget
+    kept = understudy.plan(made.stats, **given, ratio=0.3, main_k=1, keep_layers="0").plan
+    assert "0" not in kept.layers
+    understudy.apply(made.folder, fitting.plan, tmp_path / "out", stats=made.stats)  # verifies what it wrote
 
 
 def test_a_layer_whose_tokens_choose_one_expert_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from understudy.entries import Entry
 from understudy.errors import PlanError
 from understudy.facts import LayerFacts, ModelFacts, format_bytes, parse_bytes
 from understudy.kinds import added_bytes
+from understudy.overlay import overlay_bytes
 from understudy.recipe import Selection
 
 
@@ -71,11 +72,18 @@ def target_of(settings: Selection, facts: ModelFacts) -> Target | None:
         UnderstudyError: the size is not one.
     """
     if settings.size is not None:
-        return Target(facts, parse_bytes(settings.size), settings.size)
+        return Target(_with_vectors(facts, settings), parse_bytes(settings.size), settings.size)
     if settings.model_ratio is not None:
         most = math.floor((1 - settings.model_ratio) * facts.params + 1e-6)
-        return Target(in_parameters(facts), most, f"model ratio {settings.model_ratio:g}", True)
+        return Target(
+            _with_vectors(in_parameters(facts), settings), most, f"model ratio {settings.model_ratio:g}", True
+        )
     return None
+
+
+def _with_vectors(facts: ModelFacts, settings: Selection) -> ModelFacts:
+    """Count what `--main-k` adds to every layer, whatever else is chosen for it."""
+    return facts.model_copy(update={"nbytes": facts.nbytes + overlay_bytes(facts.layers, settings)})
 
 
 def in_parameters(facts: ModelFacts) -> ModelFacts:

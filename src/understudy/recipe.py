@@ -116,13 +116,15 @@ class Selection(_Settings):
     )
     beam: int = Field(1, gt=0, description="cd_moe: choices that are held from one step to the next")
     main_k: int | None = Field(
-        None, gt=0, description="compressed_experts: experts that run for a token; default: half of those it chooses"
+        None,
+        gt=0,
+        description="of the experts that a token chooses, how many run; compressed_experts: half by default",
     )
     vectors: int = Field(
-        1, description="compressed_experts: vectors of an expert, 1 on the hidden state or 3 on its projections"
+        1, description="with --main-k: vectors of an expert, 1 on the hidden state or 3 on its projections"
     )
     renormalise: bool = Field(
-        False, description="compressed_experts: scale the gates of those that run up to the sum of all"
+        False, description="with --main-k: scale the gates of those that run up to the sum of all"
     )
     fit: bool = Field(
         False, description="compressed_experts: start from vectors fitted on the calibration text, not from ones"

@@ -11,6 +11,8 @@ from understudy.errors import PlanError, StatsError
 from understudy.facts import LayerFacts, ModelFacts
 from understudy.kinds import Kind, check_plan, expected_bytes
 from understudy.methods import OPTIONAL, Choice, Method, Problem, get_method, kind_of, scope_of
+from understudy.overlay import SETTINGS as OVERLAID
+from understudy.overlay import laid_over, lies_over, refuse_unfit
 from understudy.plans import Plan, PlanModel
 from understudy.protection import layers_named, refuse_touched, super_experts, super_note
 from understudy.ranking import choose_lowest, planning_needs
@@ -84,11 +86,14 @@ def make_plan(
             raise PlanError(f"layer {key}: {kind.name} is not possible: {reason}; use --kind constant")
     choice = _chosen(method, Problem(stats, layers, settings, kind, scores, protected))
     refuse_touched(choice.layers, layers, protected, f"method {method.name}")
+    obeyed = set(method.options)
+    if layers and lies_over(settings, method):
+        choice, obeyed = laid_over(choice, layers, settings), obeyed | set(OVERLAID)
     plan = Plan(
         method=method.name,
         model=PlanModel.of(facts),
         stats=parent,
-        recipe=settings.model_dump(exclude={"method", *OPTIONAL} - set(method.options), exclude_none=True),
+        recipe=settings.model_dump(exclude={"method", *OPTIONAL} - obeyed, exclude_none=True),
         how=choice.how,
         layers=choice.layers,
     )
@@ -160,6 +165,7 @@ def check_settings(settings: Selection) -> tuple[Method, Kind, Score | None]:
             "same number in every layer for stock loaders; use --scope layer or --kind constant"
         )
     _refuse_idle(settings, method, score)
+    refuse_unfit(settings, method, kind)
     return method, kind, score
 
 
@@ -173,8 +179,9 @@ def _refuse_idle(settings: Selection, method: Method, score: Score | None) -> No
     if settings.alpha is not None and scope_of(method, settings) != "mass":
         how = "give --scope mass, too" if "mass" in method.scopes else "leave it out"
         raise PlanError(f"--alpha has no effect where method {method.name} does not select by mass; {how}")
+    obeyed = {*method.options, *(OVERLAID if lies_over(settings, method) else ())}
     for name in OPTIONAL:
-        if getattr(settings, name) != Selection.model_fields[name].default and name not in method.options:
+        if getattr(settings, name) != Selection.model_fields[name].default and name not in obeyed:
             raise PlanError(f"--{name.replace('_', '-')} has no effect on method {method.name}; leave it out")
 
 
