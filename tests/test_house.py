@@ -24,7 +24,7 @@ FLOORS = [
     "full_size unrouted folding dense fitting refit affine affine_fit seam",
     # what is known from the field, a file each
     "methods scores channel_scores kinds overlay budgets grouping merging regrouping ranking protection selection "
-    "sequential verify slowly recovery resuming condensed virtual evolution contest trial calibrations",
+    "rungs sequential verify slowly recovery resuming condensed virtual evolution contest trial calibrations",
     # what the commands do; they meet in files
     "stages",
     # roof: parse, call a stage, show

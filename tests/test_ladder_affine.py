@@ -19,8 +19,9 @@ from understudy.errors import StatsError
 from understudy.kinds import expected_bytes, get_kind
 from understudy.kinds.slim import Slim
 from understudy.methods import Problem
-from understudy.methods.ladder_affine import _maps, _options, ranked
+from understudy.methods.ladder_affine import RANKS_TRIED, _maps, ranked
 from understudy.recipe import Selection
+from understudy.rungs import Rungs, beyond_least, rungs_of
 from understudy.skeleton import Skeleton
 from understudy.stages.calibrate import calibrate
 from understudy.stats import Stats, load_stats
@@ -41,10 +42,17 @@ def problem_of(stats: Stats) -> Problem:
     return Problem(stats, dict(stats.model.layers), Selection(), get_kind("slim"), None)
 
 
-def test_options_cost_what_the_kinds_say_and_lose_what_the_score_says(stats: Stats) -> None:
+def rungs(stats: Stats) -> tuple[dict[str, np.ndarray], dict[str, Rungs]]:
+    """Scores of the neurons, and what the experts could be."""
+    score = get_channel_score("obs")
+    scores = {key: score.compute(layer, None) for key, layer in stats.layers.items()}  # type: ignore[arg-type]
+    return scores, rungs_of(problem_of(stats), scores, RANKS_TRIED)
+
+
+def test_rungs_cost_what_the_kinds_say_and_lose_what_the_score_says(stats: Stats) -> None:
+    scores, found_in = rungs(stats)
     key, layer = next(iter(stats.model.layers.items()))
-    score = get_channel_score("obs").compute(stats.layers[key], None)  # type: ignore[arg-type]
-    found = _options(layer, stats.layers[key], score)
+    score, found = scores[key], found_in[key]
     slim, width = Slim("obs", constant=True, refit=True), layer.width or 0
     for e, w in itertools.product((0, 3), (0, 1, 17, width - 1)):
         assert found.taken[e, w] == slim.stored_bytes(layer, {e: w})
@@ -60,13 +68,10 @@ def test_options_cost_what_the_kinds_say_and_lose_what_the_score_says(stats: Sta
 
 @pytest.mark.parametrize("ratio", [0.6, 0.8, 0.9])
 def test_the_choice_at_a_price_is_the_best_there_is_for_its_bytes(stats: Stats, ratio: float) -> None:
-    """Among all ways to give two experts their options, none of as many bytes loses less (Everett 1963)."""
-    problem, options = problem_of(stats), {}
-    for key, layer in problem.layers.items():
-        score = get_channel_score("obs").compute(stats.layers[key], None)  # type: ignore[arg-type]
-        options[key] = _options(layer, stats.layers[key], score)
-    maps = _maps(problem, options, ratio)
-    x = next(iter(options.values()))
+    """Among all ways to give two experts their rungs, none of as many bytes loses less (Everett 1963)."""
+    found = rungs(stats)[1]
+    maps = _maps(problem_of(stats), found, ratio)
+    x = next(iter(found.values()))
     price = 1e-12
     two = range(2)
     while x.taken[two, x.at(price)[:2]].sum() > (1 - ratio) * 2 * x.taken.max():
@@ -79,8 +84,30 @@ def test_the_choice_at_a_price_is_the_best_there_is_for_its_bytes(stats: Stats, 
     if ratio == 0.9:
         assert any(maps.values()), "no expert is better off as a map at the smallest budget"
     for key, chosen in maps.items():
-        assert len(chosen) < problem.layers[key].experts
+        assert len(chosen) < stats.model.layers[key].experts
         assert set(chosen.values()) <= {2, 4, 8, 16, 32}
+
+
+def test_the_distance_from_the_best_is_that_of_trying_all(stats: Stats) -> None:
+    """Two experts: a choice loses no less than the bound, and the best of all for its bytes is next to it."""
+    x = next(iter(rungs(stats)[1].values()))
+    two = {"0": Rungs(x.lost[:2], x.taken[:2], x.ranks, np.array([True, True]))}
+    pairs = list(itertools.product(range(0, x.lost.shape[1], 3), repeat=2))
+    for pair in pairs[:: len(pairs) // 7]:
+        entries: dict[str, dict[int, int]] = {"slim": {}, "low_rank": {}}
+        for e, at in enumerate(pair):
+            if at > x.width:
+                entries["low_rank"][e] = x.ranks[at - x.width - 1]
+            elif at < x.width:
+                entries["slim"][e] = at
+        lost, taken = two["0"].sums(np.array(pair))
+        every = itertools.product(range(x.lost.shape[1]), repeat=2)
+        sums = [two["0"].sums(np.array(other)) for other in every]
+        best = min(lost for lost, bytes_ in sums if bytes_ <= taken)
+        bound = lost / (1 + beyond_least(two, {"0": entries}))  # type: ignore[dict-item]
+        assert bound <= best * (1 + 1e-9)
+        hull = [lost for lost, bytes_ in sums if bytes_ <= taken * 1.05 + x.taken[0, 1]]
+        assert bound >= min(hull) * (1 - 1e-9) or bound == pytest.approx(0)
 
 
 def test_a_small_budget_is_met_and_loses_less_than_without_maps(stats: Stats, tmp_path: Path) -> None:

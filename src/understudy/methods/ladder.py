@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,6 +12,7 @@ from understudy.channel_scores import get_channel_score, score_channels
 from understudy.channel_scores.obs import OBS, OBS_PLAIN
 from understudy.entries import Entry
 from understudy.methods import Choice, Method, Problem
+from understudy.rungs import Rungs, beyond_least, rungs_of
 from understudy.selection import Channels, Widths, by_layer, by_rank, choose_widths
 
 CLASSES = 8  # widths in a layer: each is a set of matrix products of its own
@@ -27,7 +30,17 @@ def ranked(problem: Problem, ratio: float, score: str) -> Choice:
         return _whole_experts(problem, scores, ratio, score)
     spread = by_layer if problem.settings.scope == "layer" else by_rank
     widths: Widths = spread(problem, scores, ratio, constant=True)
-    return choose_widths(problem, scores, widths, score, constant=True, refit=True, classes=CLASSES)
+    choice = choose_widths(problem, scores, widths, score, constant=True, refit=True, classes=CLASSES)
+    return replace(choice, notes=(*choice.notes, *beyond_note(rungs_of(problem, scores), choice.layers)))
+
+
+def beyond_note(rungs: Mapping[str, Rungs], layers: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+    """Say how far a choice is from the best there could be."""
+    if not layers:
+        return []
+    return [
+        f"by its score it loses at most {beyond_least(rungs, layers):.1%} more than any choice of as many bytes must"
+    ]
 
 
 def _whole_experts(problem: Problem, scores: Channels, ratio: float, score: str) -> Choice:
