@@ -1,6 +1,7 @@
 """What ladder costs: its statistics, its choice and its fit, against one plain calibration pass over the same tokens.
 
-    python benchmarks/fitting.py [--samples 32] [--seq-len 512] [--layers 16] [--methods A,B] [--work DIR]
+    python benchmarks/fitting.py [--samples 32] [--seq-len 512] [--layers 16] [--methods A,B]
+                                 [--gradient-samples 8] [--work DIR]
 
 A random OLMoE in bfloat16, hidden 1024, 64 experts of width 512, top-8, run in float32. Prints seconds, how many times
 the plain pass they are, and the most that the process held.
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--gradient-samples", type=int, help="blocks that are also walked back through; default: all")
     parser.add_argument("--methods", default="ladder_plain,ladder")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "understudy-benchmark")
     args = parser.parse_args()
@@ -64,7 +66,9 @@ def main() -> None:
         + "|"
     )
     for name in args.methods.split(","):
-        stats, seconds = calibrate(Calibration(collect=groups_of(read_entrants((name,)))))
+        groups = groups_of(read_entrants((name,)))
+        back = args.gradient_samples if "gradients" in groups else None
+        stats, seconds = calibrate(Calibration(collect=groups, gradient_samples=back))
         begun = time.perf_counter()
         plan = make_plan(stats, Selection(method=name, ratio=args.ratio)).plan
         planned = time.perf_counter() - begun

@@ -18,7 +18,7 @@ from understudy.activations import ActivationStore
 from understudy.backward import Backward, EveryLayer, sum_gradients
 from understudy.collectors.gradients import Gradients
 from understudy.data import token_blocks
-from understudy.errors import NumericError, UnsupportedModelError
+from understudy.errors import NumericError, UnderstudyError, UnsupportedModelError
 from understudy.moe import find_moe_layers
 from understudy.skeleton import Skeleton
 from understudy.stages.calibrate import calibrate
@@ -106,6 +106,7 @@ def layerwise(
     memory: int = 0,
     kept: Any = None,
     stop: int = -1,
+    samples: int | None = None,
 ) -> Any:
     """Sums by key, layer by layer; `kept` holds what an earlier call on the same folder left, `stop` kills early."""
     skeleton, blocks, kept = Skeleton(folder), ids.numpy(), {} if kept is None else kept
@@ -116,7 +117,7 @@ def layerwise(
             walk.through_layers()
     else:
         assert latest == zoo.LAYERS - 1
-    back = Backward(skeleton, blocks, batch_size, outputs, ActivationStore(memory, work / "back"))
+    back = Backward(skeleton, blocks, batch_size, outputs, ActivationStore(memory, work / "back"), samples)
 
     def done(index: int) -> None:
         seen.append(index)
@@ -183,6 +184,18 @@ def test_sums_of_disjoint_blocks_add_up(olmoe: Path, tmp_path: Path) -> None:
     parts = [layerwise(olmoe, part, tmp_path / f"{len(part)}") for part in (ids[:2], ids[2:])]
     added = {key: {name: sum(p[key][name] for p in parts) for name in whole[key]} for key in set(whole) - {"seen"}}
     same(added, whole, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("samples", "walked"), [(1, [0, 1]), (2, [0, 1]), (3, [0, 1, 2, 3]), (4, [0, 1, 2, 3]), (9, [])]
+)
+def test_some_blocks_are_walked_back_through(samples: int, walked: list[int], olmoe: Path, tmp_path: Path) -> None:
+    """Whole batches, spread evenly; and an interrupted walk goes on with them."""
+    ids = tokens()
+    want = layerwise(olmoe, ids[walked] if walked else ids, tmp_path / "alone")
+    kept = layerwise(olmoe, ids, tmp_path / "some", samples=samples, stop=2)
+    assert kept["seen"] == [3, 2]
+    same(layerwise(olmoe, ids, tmp_path / "some", samples=samples, kept=kept), want)
 
 
 def test_a_head_that_overflows_is_one_clear_line(tmp_path: Path) -> None:
@@ -276,6 +289,16 @@ def test_calibration_collects_gradients(olmoe: Path, data: str, tmp_path: Path) 
     want = layerwise(olmoe, torch.from_numpy(blocks.ids.astype(np.int64)), tmp_path / "work")
     same({key: {n: getattr(x, n) for n in want["0"]} for key, x in stats.layers.items()}, want)
     assert small.beside(tmp_path / "stats") == {"plain", "work"}
+
+
+def test_calibration_walks_back_through_as_many_as_asked(olmoe: Path, data: str, tmp_path: Path) -> None:
+    stats, _ = run(olmoe, data, tmp_path / "stats", gradient_samples=2)
+    blocks = token_blocks((data,), load_tokenizer(olmoe), seq_len=12, samples=5, seed=0)
+    want = layerwise(olmoe, torch.from_numpy(blocks.ids[:2].astype(np.int64)), tmp_path / "work")
+    same({key: {n: getattr(x, n) for n in want["0"]} for key, x in stats.layers.items()}, want)
+    assert stats.data["gradient_samples"] == 2
+    with pytest.raises(UnderstudyError, match="--gradient-samples has no effect without --collect gradients"):
+        run(olmoe, data, tmp_path / "other", collect=(), gradient_samples=2)
 
 
 @pytest.mark.parametrize("after", [1, 5, 7])

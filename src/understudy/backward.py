@@ -13,6 +13,7 @@ loss).
 from __future__ import annotations
 
 import inspect
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -77,13 +78,22 @@ class Backward(Walk):
         batch_size: blocks that run together, the same as forward.
         outputs: what every layer put out.
         gradients: where the gradients between two layers are kept; commits are numbered from 0 at the head.
+        samples: blocks that are walked back through, rounded up to whole batches, spread evenly; None for all.
     """
 
     def __init__(
-        self, skeleton: Skeleton, ids: np.ndarray, batch_size: int, outputs: EveryLayer, gradients: ActivationStore
+        self,
+        skeleton: Skeleton,
+        ids: np.ndarray,
+        batch_size: int,
+        outputs: EveryLayer,
+        gradients: ActivationStore,
+        samples: int | None = None,
     ) -> None:
         super().__init__(skeleton, ids, batch_size, outputs)
         self.outputs, self.gradients = outputs, gradients
+        count = min(len(self.batches), math.ceil((samples or len(ids)) / batch_size))
+        self.numbers = [place * len(self.batches) // count for place in range(count)]  # of the batches
 
     def to_layer(
         self, last: int, observe: Observe, *, committed: int = -1, done: Callable[[int], None] | None = None
@@ -98,15 +108,15 @@ class Backward(Walk):
         """
         if committed < 0:
             self.outputs.open(self.depth - 1, len(self.batches))
-            for number in range(len(self.batches)):
-                self.gradients.put(number, self._through_head(number))
+            for place, number in enumerate(self.numbers):
+                self.gradients.put(place, self._through_head(number))
             self.gradients.commit(0)
         for index in range(self.depth - 1 - max(committed, 0), last - 1, -1):
             if index:
                 self.outputs.open(index - 1, len(self.batches))
             with self.skeleton.resident(index) as layer, observe(index, layer):
-                for number in range(len(self.batches)):
-                    self.gradients.put(number, self._through_layer(layer, index, number, further=index > last))
+                for place in range(len(self.numbers)):
+                    self.gradients.put(place, self._through_layer(layer, index, place, further=index > last))
             self.gradients.commit(self.depth - index)
             if done:
                 done(index)
@@ -128,8 +138,9 @@ class Backward(Walk):
                 nn.functional.cross_entropy(logits, targets[:, part].flatten(), reduction="sum").backward()
         return self._gradients_of(leaves, self.depth)
 
-    def _through_layer(self, layer: nn.Module, index: int, number: int, *, further: bool) -> list[torch.Tensor]:
+    def _through_layer(self, layer: nn.Module, index: int, place: int, *, further: bool) -> list[torch.Tensor]:
         """Run a layer forth and back; gradients with respect to what the layer before put out, if it goes further."""
+        number = self.numbers[place]
         before = self.outputs.get(number) if index else None
         leaves: list[torch.Tensor] = []
         if further:
@@ -137,7 +148,7 @@ class Backward(Walk):
         with torch.enable_grad():
             args, kwargs = self._arguments(index, number, self.batches[number], _copied(before))
             output = self._run(layer, index, args, kwargs)
-        pairs = zip(_floating(output), self.gradients.get(number), strict=True)
+        pairs = zip(_floating(output), self.gradients.get(place), strict=True)
         reached = [(out, gradient) for out, gradient in pairs if out.requires_grad]
         torch.autograd.backward([out for out, _ in reached], [gradient for _, gradient in reached])
         return self._gradients_of(leaves, index)
@@ -186,7 +197,7 @@ def sum_gradients(
         NumericError: a gradient is NaN or infinite.
         UnsupportedModelError: a family whose experts do not show their activations.
     """
-    processes, model, batches = processes or Processes(), back.skeleton.model, len(back.batches)
+    processes, model, batches = processes or Processes(), back.skeleton.model, len(back.numbers)
     layers = back.skeleton.layers
 
     @contextmanager

@@ -92,6 +92,8 @@ class Calibrations:
 
     def _calibration(self, seed: int, **more: Any) -> Calibration:
         known = set(Calibration.model_fields) & set(Comparison.model_fields)
+        if "gradients" not in more.get("collect", ()):
+            known.discard("gradient_samples")
         return Calibration(seed=seed, **{name: getattr(self.settings, name) for name in known}, **more)
 
     def _read(self, file: Path, seed: int) -> Stats:

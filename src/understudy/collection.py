@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -107,7 +108,8 @@ class _Run:
             check_gradients(skeleton)
             outputs = EveryLayer(memory, self.mine, skeleton.device, processes.wait)
             gradients = ActivationStore(memory, self.mine / "gradients", skeleton.device, processes.wait)
-            self.back = Backward(*mine, outputs, gradients)
+            back = settings.gradient_samples and math.ceil(settings.gradient_samples / processes.world)
+            self.back = Backward(*mine, outputs, gradients, back)
             self.store: ActivationStore = outputs
         else:
             self.store = ActivationStore(memory, self.mine, skeleton.device, processes.wait)

@@ -25,7 +25,10 @@ from understudy.registry import suggest
 from understudy.sums import groups_for
 
 # Settings that all records of a folder have in common; the test text is told by its tokens.
-_COMMON = ("data", "samples", "seq_len", "dtype", "dense_tokens", "base", "tasks", "limit", "num_fewshot")
+_COMMON = (
+    *("data", "samples", "seq_len", "dtype", "dense_tokens", "gradient_samples", "base"),
+    *("tasks", "limit", "num_fewshot"),
+)
 _OWN = {"method", "kind", "ratio", "size", "model_ratio", "seed"}  # what the comparison sets itself
 
 

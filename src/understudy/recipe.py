@@ -54,6 +54,9 @@ class Calibration(_Reading):
         description="sums that cost more, commas between them: sets, subsets, dense, candidates, channels, grams, "
         "gradients, modulation, low_rank",
     )
+    gradient_samples: int | None = Field(
+        None, gt=0, description="gradients: blocks that are also walked back through, evenly spread; default: all"
+    )
     dense_tokens: int = Field(
         2048, gt=1, description="tokens sent through every expert, with --collect dense or candidates"
     )
@@ -224,6 +227,9 @@ class Comparison(_Running):
     test: tuple[str, ...] = Field((), description="held-out text, likewise")
     test_samples: int = Field(64, gt=0, description="blocks of held-out text")
     test_seq_len: int = Field(512, gt=1, description="tokens in a block of these")
+    gradient_samples: int | None = Field(
+        None, gt=0, description="gradients: blocks that are also walked back through, evenly spread; default: all"
+    )
     dense_tokens: int = Field(2048, gt=1, description="tokens sent through every expert, for methods that need it")
     base: str | None = Field(None, description="the checkpoint that this one was trained from, for router_norm_change")
     tasks: tuple[str, ...] = Field((), description="lm-eval tasks, commas between them; models are written for them")

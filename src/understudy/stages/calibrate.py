@@ -116,6 +116,8 @@ def _checked(settings: Calibration) -> Calibration:
         if "modulation" not in settings.collect and getattr(settings, name) != Calibration.model_fields[name].default:
             flag = name.replace("_", "-")
             raise UnderstudyError(f"--{flag} has no effect without --collect modulation; add that, or leave it out")
+    if settings.gradient_samples and "gradients" not in settings.collect:
+        raise UnderstudyError("--gradient-samples has no effect without --collect gradients; add that, or leave it out")
     if settings.vectors not in (1, 3):
         raise UnderstudyError(f"--vectors {settings.vectors}: an expert has 1 vector or 3; give one of these")
     return with_needs(settings)
@@ -151,7 +153,7 @@ def _run_key(
     """Hash everything that the sums depend on, so that only the same run is ever continued."""
     parts = [__version__, skeleton.checkpoint.fingerprint, blocks.digest, str(skeleton.dtype), str(skeleton.device)]
     groups = [sorted(settings.collect), settings.dense_tokens, base and base.fingerprint]
-    groups += [settings.sequential, settings.sequential_ratio]
+    groups += [settings.sequential, settings.sequential_ratio, settings.gradient_samples]
     groups += [settings.main_k, settings.vectors, settings.renormalise, settings.fit_tokens]
     identity = json.dumps([*parts, *groups, settings.experts, settings.batch_size, processes.world])
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
@@ -192,6 +194,7 @@ def _data_facts(blocks: Blocks | None, settings: Calibration) -> dict[str, Any]:
         "dtype": settings.dtype,
         "digest": blocks.digest if blocks else "",
         "collect": sorted(settings.collect),
+        "gradient_samples": settings.gradient_samples,
         "base": settings.base,
         "sequential": settings.sequential and f"{settings.sequential} at {settings.sequential_ratio:g}",
         "notes": list(blocks.notes) if blocks else [],
