@@ -24,7 +24,7 @@ from understudy.adapters import Adapters
 from understudy.affine import affine_maps
 from understudy.bases import shared_experts
 from understudy.channels import sliced
-from understudy.grouped import Picks, Stack, answers, rows_of
+from understudy.grouped import Picks, Stack, answers, beside, rows_of
 from understudy.modulated import Modulation, scaled_answers
 from understudy.seam import first, implementation_of, joined, run
 from understudy.standins import MERGED, SLIM, StandIn, impossible
@@ -55,14 +55,18 @@ class StandInExperts:
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Combine what the experts answer: hidden `[T, H]`, original ids `[T, k]`, gates `[T, k]` to `[T, H]`."""
-        rows, columns, children, places, shared, keys = self._route_maps(hidden_states.device)
+        rows, columns, children, places, shared, keys, through = self._route_maps(hidden_states.device)
         id_Tk, gate_Tk, scales = top_k_index, top_k_weights, None
         if self.modulation is not None:
             hidden_states, id_Tk, gate_Tk, scales = self.modulation(hidden_states, id_Tk, gate_Tk, keys, self._merged)
         own_Tk, row_Tk = gate_Tk, rows[id_Tk]
         if self._merged:
             row_Tk, gate_Tk = joined(row_Tk, gate_Tk, len(self.kept))
-        if self._in_parts():
+        side_by_side = self._side_by_side()
+        if side_by_side:
+            out_TkH = beside([self, *self.slim], hidden_states, through[id_Tk], own_Tk)
+            out_TH = out_TkH.sum(1).to(hidden_states.dtype)
+        elif self._in_parts():
             out_TkH = self._apart(hidden_states, row_Tk, gate_Tk, scales)
             if self.bases is not None:  # all routes of a token are summed at once, as by those who have all experts
                 out_TkH = self.bases.routed(hidden_states, shared[id_Tk], own_Tk, out_TkH)
@@ -80,7 +84,7 @@ class StandInExperts:
                 id_Tk, own_Tk = self.modulation.with_free(id_Tk, own_Tk, top_k_index, top_k_weights, keys)
             gate_TP = gate_TP.scatter_add(1, columns[id_Tk], own_Tk.float())
             more_TH = (gate_TP[:, :-1] @ self.constants.float()).float()  # autocast multiplies in less
-        for number in self._asked(child_Tk):
+        for number in self._asked(child_Tk, len(self.slim) if side_by_side else 0):
             child = self._children[number]
             token_N, slot_N = (child_Tk == number).nonzero(as_tuple=True)
             place_N1, gate_N1 = place_Tk[token_N, slot_N, None], own_Tk[token_N, slot_N, None]
@@ -105,6 +109,11 @@ class StandInExperts:
             return self.adapters is not None
         return self.bases.originals is not None or implementation_of(self) == "grouped_mm"
 
+    def _side_by_side(self) -> bool:
+        """Whether experts of all widths share one pass over the routes; with gradients each width needs its own."""
+        alone = self.bases is None and self.adapters is None and not self._merged
+        return len(self.slim) > 0 and alone and not torch.is_grad_enabled() and implementation_of(self) == "grouped_mm"
+
     @property
     def _children(self) -> list[Any]:
         """Experts of fewer neurons, then affine maps."""
@@ -127,7 +136,8 @@ class StandInExperts:
 
     def _route_maps(self, device: torch.device) -> list[torch.Tensor]:
         """Original id to row of the stacked weights, to column of constants, to child, to row there, to row of the
-        adapters of shared bases, and to what tells its weights from others, -1 for none: `[E + 1]` each.
+        adapters of shared bases, to what tells its weights from others, -1 for none, and to row when those of slim
+        children are numbered through after the stacked ones: `[E + 1]` each.
 
         One past the last row, column or child stands for none, as does the id E.
         """
@@ -138,20 +148,22 @@ class StandInExperts:
             shared = _numbered(self.bases.replaced) if self.bases is not None else {}
             known += [(child, len(self._children)), (place, 0), (shared, len(shared))]
             apart = {e: len(self.kept) + e for e in (*child, *shared)}
+            through = _numbered((*self.kept, *(e for child in self.slim for e in child.kept)))
             maps = []
-            for by_id, none in [*known, ({**self.rows, **apart}, -1)]:
+            for by_id, none in [*known, ({**self.rows, **apart}, -1), (through, len(through))]:
                 found = torch.full((self.num_logical_experts + 1,), none)
                 found[list(by_id)] = torch.tensor(list(by_id.values()), dtype=torch.long)
                 maps.append(found.to(device))
             self._maps[device] = maps
         return self._maps[device]
 
-    def _asked(self, child_Tk: torch.Tensor) -> list[int]:
-        """Which children to run: those that a route leads to; all in training, where each must get its gradients."""
+    def _asked(self, child_Tk: torch.Tensor, first: int = 0) -> list[int]:
+        """Which children to run, from the first on: those that a route leads to; all in training, where each must get
+        its gradients."""
         count = len(self._children)
-        if torch.is_grad_enabled() or not count:
-            return list(range(count))
-        return [number for number in child_Tk.unique().tolist() if number < count]
+        if torch.is_grad_enabled() or count <= first:
+            return list(range(first, count))
+        return [number for number in child_Tk.unique().tolist() if first <= number < count]
 
     def slim_place(self, expert: int) -> tuple[Any, int]:
         """Return the module that holds an expert of fewer neurons, and its row there.
@@ -174,7 +186,7 @@ class StandInExperts:
 
     def chosen(self, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """Count routes to each expert that run, int64 `[E]`; several of a token to a merged group count once."""
-        rows, *_, keys = self._route_maps(top_k_index.device)
+        rows, *_, keys, _ = self._route_maps(top_k_index.device)
         if self.modulation is not None:
             main = self.modulation.split(top_k_index, top_k_weights, keys, self._merged)[:2]
             top_k_index, _ = self.modulation.with_free(*main, top_k_index, top_k_weights, keys)

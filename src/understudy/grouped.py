@@ -164,6 +164,25 @@ def answers(lead: Any, x_NH: Tensor, stacks: Sequence[Stack], adapters: Adapters
     return lead.post_expert_norm(out_NH) if getattr(lead, "has_post_expert_norm", False) else out_NH
 
 
+def beside(stacks: Sequence[Any], hidden_TH: Tensor, row_Tk: Tensor, gate_Tk: Tensor) -> Tensor:
+    """Run stacks of experts of different widths, their rows numbered through, on routes sorted once: `[T, k, H]`.
+
+    Rows past the last stand for none. Without gradients, which need every stack to be run.
+    """
+    ends = [0]
+    for stack in stacks:
+        ends.append(ends[-1] + len(stack.down_proj))
+    picks = Picks.of(row_Tk, ends[-1])
+    x_NH, routes = rows_of(hidden_TH, picks.token_N), [0, *picks.ends_G[[end - 1 for end in ends[1:]]].tolist()]
+    parts = []
+    for stack, first, last, start, stop in zip(stacks, ends, ends[1:], routes, routes[1:], strict=False):
+        if stop > start:
+            mine = slice(start, stop)
+            here = Picks(picks.shape, picks.slot_N[mine], picks.row_N[mine] - first, picks.ends_G[first:last] - start)
+            parts.append(answers(stack, x_NH[mine], [Stack(stack, here)], None, here))
+    return picks.spread(torch.cat(parts) if parts else x_NH, gate_Tk)
+
+
 def _added(terms: Sequence[Tensor]) -> Tensor | None:
     total = None
     for term in terms:
