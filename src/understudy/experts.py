@@ -110,9 +110,14 @@ class StandInExperts:
         return self.bases.originals is not None or implementation_of(self) == "grouped_mm"
 
     def _side_by_side(self) -> bool:
-        """Whether experts of all widths share one pass over the routes; with gradients each width needs its own."""
-        alone = self.bases is None and self.adapters is None and not self._merged
-        return len(self.slim) > 0 and alone and not torch.is_grad_enabled() and implementation_of(self) == "grouped_mm"
+        """Whether experts of all widths share one pass over the routes that lead to them.
+
+        With gradients each width needs its own; where all routes lead to the stacked weights, the family's is as good.
+        """
+        apart = len(self.slim) > 0 or len(self.thin) > 0 or self.constants is not None
+        alone = self.bases is None and self.adapters is None and not self._merged and not torch.is_grad_enabled()
+        alone &= self.modulation is None or self.modulation.vectors == 1
+        return apart and alone and implementation_of(self) == "grouped_mm"
 
     @property
     def _children(self) -> list[Any]:
