@@ -441,10 +441,7 @@ def test_the_method_takes_half(source: Callable[..., Source]) -> None:
         ({"method": "mone", "ratio": 0.5, "vectors": 3}, "--vectors has no effect on method mone; leave it out"),
         ({"method": "mone", "ratio": 0.5, "main_k": 4}, "--main-k 4 is not fewer than the 4 experts"),
         ({"method": "mone", "ratio": 0.5, "main_k": 2, "fit": True}, "--fit has no effect on method mone"),
-        (
-            {"method": "reap", "ratio": 0.5, "main_k": 2},
-            "--main-k with method reap, whose experts become drop",
-        ),
+        ({"method": "reap", "ratio": 0.5, "main_k": 2}, "--main-k with method reap, whose experts become drop"),
         ({"method": "heapr", "ratio": 0.5, "main_k": 2, "vectors": 3}, "whose experts become slim: .* use vectors: 1"),
     ],
 )

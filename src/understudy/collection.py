@@ -108,8 +108,8 @@ class _Run:
             check_gradients(skeleton)
             outputs = EveryLayer(memory, self.mine, skeleton.device, processes.wait)
             gradients = ActivationStore(memory, self.mine / "gradients", skeleton.device, processes.wait)
-            back = settings.gradient_samples and math.ceil(settings.gradient_samples / processes.world)
-            self.back = Backward(*mine, outputs, gradients, back)
+            samples = settings.gradient_samples and math.ceil(settings.gradient_samples / processes.world)
+            self.back = Backward(*mine, outputs, gradients, samples)
             self.store: ActivationStore = outputs
         else:
             self.store = ActivationStore(memory, self.mine, skeleton.device, processes.wait)

@@ -15,7 +15,7 @@ from understudy.entries import Entry
 from understudy.facts import LayerFacts
 from understudy.kinds.low_rank import LOW_RANK
 from understudy.methods import Problem
-from understudy.selection import Channels
+from understudy.selection import Channels, free_in, lost_by_width
 from understudy.stats import ExpertStats
 
 _HALVINGS = 64  # of the interval that the price of a byte lies in
@@ -67,16 +67,13 @@ def rungs_of(problem: Problem, scores: Channels, ranks: tuple[int, ...] = ()) ->
     """
     found = {}
     for key, layer in problem.layers.items():
-        free = np.ones(layer.experts, bool)
-        free[list(problem.protected.get(key, ()))] = False
-        found[key] = _rungs(layer, problem.stats.layers[key], scores[key], ranks, free)
+        found[key] = _rungs(layer, problem.stats.layers[key], scores[key], ranks, free_in(problem, key))
     return found
 
 
 def _rungs(layer: LayerFacts, stats: ExpertStats, score: np.ndarray, ranks: tuple[int, ...], free: np.ndarray) -> Rungs:
     E, width = score.shape
-    lowest = np.sort(np.maximum(score, 0), axis=1)
-    lost = np.concatenate((np.zeros((E, 1)), np.cumsum(lowest, axis=1)), axis=1)[:, ::-1]  # by neurons that stay
+    lost = lost_by_width(np.maximum(score, 0))
     vector = layer.hidden * layer.element_bytes
     rest = layer.expert_bytes - width * layer.channel_bytes
     taken = np.tile(np.arange(width + 1.0) * layer.channel_bytes + rest + vector, (E, 1))

@@ -65,14 +65,14 @@ def by_coverage(
     """
     from_s = {}
     for key in problem.layers:
-        free = _free(problem, key)
+        free = free_in(problem, key)
         reach = np.zeros_like(scores[key])
         reach[free] = _reach(scores[key][free].reshape(1, -1)).reshape(-1, scores[key].shape[1])
         from_s[key] = -reach / sensitivity[key]
     removed = _lowest(problem, list(problem.layers), from_s, ratio)
     widths = {}
     for key in problem.layers:
-        free, score = _free(problem, key), scores[key]
+        free, score = free_in(problem, key), scores[key]
         width = np.full(len(score), score.shape[1])
         count = int((width - removed[key])[free].sum())
         width[free] = _experts_by_coverage(score[free], importance[key][free], count)
@@ -96,7 +96,7 @@ def in_two_tiers(problem: Problem, importance: Channels, protected: dict[str, in
         E, width = len(importance[key]), layer.width or 0
         budget = max(1, int(E * width * (1 - ratio) / _CLOSE))
         ranked = np.argsort(-importance[key], kind="stable")
-        free = _free(problem, key)[ranked]
+        free = free_in(problem, key)[ranked]
         ranked = np.concatenate((ranked[~free], ranked[free]))  # those that must stay come first
         whole = max(min(protected[key], budget // width), int((~free).sum()))
         left, others = max(0, budget - whole * width), E - whole
@@ -122,7 +122,7 @@ def choose_widths(
     layers: dict[str, dict[str, Entry]] = {}
     empty = left = 0
     for key, width in widths.items():
-        free = _free(problem, key)
+        free = free_in(problem, key)
         if classes:
             wanted, width = int(width.sum()) + left, width.copy()
             width[free] = in_classes(scores[key][free], width[free], classes, left)
@@ -160,8 +160,7 @@ def in_classes(score: np.ndarray, widths: np.ndarray, classes: int, more: int = 
     step = _STEP if width >= _WHOLE and width % _STEP == 0 else 1
     if len(np.unique(widths)) <= classes and not (widths % step).any():
         return widths
-    lowest_first = np.sort(score[ranked], axis=1)
-    lost = np.concatenate((np.zeros((len(widths), 1)), np.cumsum(lowest_first, axis=1)), axis=1)[:, ::-1]  # by width
+    lost = lost_by_width(score[ranked])
     apart = step * max(1, width // (_GRID * step))
     grid = np.unique(np.append(np.arange(0, width + 1, apart), width))
     total, prices = int(widths.sum()) + more, np.unique(score)
@@ -179,8 +178,14 @@ def in_classes(score: np.ndarray, widths: np.ndarray, classes: int, more: int = 
     return rounded
 
 
-def _free(problem: Problem, key: str) -> np.ndarray:
-    """Which experts may be touched, bool [E]."""
+def lost_by_width(score: np.ndarray) -> np.ndarray:
+    """Sum up what each expert loses that keeps its best neurons, by how many these are: `[E, I]` to `[E, I + 1]`."""
+    lowest_first = np.sort(score, axis=1)
+    return np.concatenate((np.zeros((len(score), 1)), np.cumsum(lowest_first, axis=1)), axis=1)[:, ::-1]
+
+
+def free_in(problem: Problem, key: str) -> np.ndarray:
+    """Say which experts of a layer may be touched, bool `[E]`."""
     free = np.ones(problem.layers[key].experts, bool)
     free[list(problem.protected.get(key, ()))] = False
     return free
@@ -191,7 +196,7 @@ def _lowest(problem: Problem, keys: Sequence[str], scores: Channels, ratio: floa
     layers = [problem.layers[key] for key in keys]
     values, places, first = [], [], 0  # a place is an expert, numbered through all layers
     for key, layer in zip(keys, layers, strict=True):
-        free = _free(problem, key)
+        free = free_in(problem, key)
         value = scores[key][free].ravel()
         place = np.repeat(first + np.flatnonzero(free), scores[key].shape[1])
         if free.all():  # the highest stays: the last of equals, as the others go first

@@ -86,14 +86,13 @@ def make_plan(
             raise PlanError(f"layer {key}: {kind.name} is not possible: {reason}; use --kind constant")
     choice = _chosen(method, Problem(stats, layers, settings, kind, scores, protected))
     refuse_touched(choice.layers, layers, protected, f"method {method.name}")
-    obeyed = set(method.options)
     if layers and lies_over(settings, method):
-        choice, obeyed = laid_over(choice, layers, settings), obeyed | set(OVERLAID)
+        choice = laid_over(choice, layers, settings)
     plan = Plan(
         method=method.name,
         model=PlanModel.of(facts),
         stats=parent,
-        recipe=settings.model_dump(exclude={"method", *OPTIONAL} - obeyed, exclude_none=True),
+        recipe=settings.model_dump(exclude={"method", *OPTIONAL} - _obeyed(settings, method), exclude_none=True),
         how=choice.how,
         layers=choice.layers,
     )
@@ -179,10 +178,15 @@ def _refuse_idle(settings: Selection, method: Method, score: Score | None) -> No
     if settings.alpha is not None and scope_of(method, settings) != "mass":
         how = "give --scope mass, too" if "mass" in method.scopes else "leave it out"
         raise PlanError(f"--alpha has no effect where method {method.name} does not select by mass; {how}")
-    obeyed = {*method.options, *(OVERLAID if lies_over(settings, method) else ())}
+    obeyed = _obeyed(settings, method)
     for name in OPTIONAL:
         if getattr(settings, name) != Selection.model_fields[name].default and name not in obeyed:
             raise PlanError(f"--{name.replace('_', '-')} has no effect on method {method.name}; leave it out")
+
+
+def _obeyed(settings: Selection, method: Method) -> set[str]:
+    """Return which of the settings that only some methods obey have an effect here."""
+    return {*method.options, *(OVERLAID if lies_over(settings, method) else ())}
 
 
 def _of_weights(stats: Stats) -> Stats:
