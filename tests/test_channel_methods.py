@@ -310,6 +310,9 @@ def test_classes_lose_little_more_than_the_best_there_are(seed: int) -> None:
     count = int(rng.integers(1, 30))
     wanted = (score >= np.sort(score.ravel())[-count]).sum(1)  # as ranking the layer would have it
     got = in_classes(score, wanted, classes)
+    if classes == 1 and wanted.sum() < 5:  # one neuron for all is too much, and none for all is no layer
+        assert np.flatnonzero(got).tolist() == [wanted.argmax()] and got.sum() == wanted.sum()
+        return
     assert len(set(got)) <= classes
     assert got.sum() <= wanted.sum()
     every = [
@@ -336,6 +339,8 @@ def test_wide_experts_have_widths_that_kernels_take(more: int) -> None:
     assert len(set(got)) <= 3 and not (got % 8).any()
     assert 300 + more - 8 * 6 < got.sum() <= 300 + more
     assert not (in_classes(score, np.full(6, 43), 3) % 8).any(), "few enough, but of an awkward width"
+    few = np.array([0, 0, 1, 0, 2, 0])
+    assert in_classes(score, few, 3).tolist() == [0, 0, 0, 0, 3, 0], "no step is left: the layer keeps what it has"
 
 
 @pytest.mark.parametrize("seed", range(10))
