@@ -204,15 +204,15 @@ def test_another_model_is_refused_as_teacher(made: Made, cut: Path, tmp_path: Pa
 def test_numbers_that_are_none_are_said_with_their_layer(
     made: Made, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from understudy.training import layerwise
+    from understudy.training.onelayer import OneLayer
 
-    real = layerwise._Layerwise._squares
+    real = OneLayer.squares
 
-    def broken(self: Any, layer: Any, index: int, *rest: Any) -> Any:
-        found = real(self, layer, index, *rest)
-        return found * float("nan") if index == 1 and torch.is_grad_enabled() else found
+    def broken(self: Any, number: int) -> Any:
+        found = real(self, number)
+        return found * float("nan") if self.index == 1 and torch.is_grad_enabled() else found
 
-    monkeypatch.setattr(layerwise._Layerwise, "_squares", broken)
+    monkeypatch.setattr(OneLayer, "squares", broken)
     with pytest.raises(NumericError, match=r"decoder layer 1: .* step 1 of 8"):
         understudy.recover(cut, tmp_path / "out", teacher=made.model, train=made.text, **LAYERS)
     assert not (tmp_path / "out").exists()

@@ -180,14 +180,18 @@ class Recovery(_Settings):
         (), description="share of the steps over which the originals fade out, 0 = never there; several: the best stays"
     )
     schedule: Literal["linear", "exp"] = Field("linear", description="how the originals fade out")
-    loss: Literal["lm", "kd", "lm+kd", "layers"] = Field(
+    loss: Literal["lm", "kd", "lm+kd", "layers", "repair"] = Field(
         "lm",
-        description="next token, distillation from the teacher, both; or layers: one layer in memory at a time, each "
-        "toward what the teacher's puts out",
+        description="next token, distillation from the teacher, both; or one layer in memory at a time, each toward "
+        "what the teacher's puts out: layers trains it, repair solves for what its output is linear in",
+    )
+    rounds: int = Field(16, gt=0, description="with --loss repair: passes over the text in each layer")
+    sequences: int | None = Field(
+        None, gt=1, description="sequences of the text to use at most; default: those the steps take, 512 for repair"
     )
     train_what: str | None = Field(
         None,
-        description="stand-ins|stand-ins+lora|lora|vectors|vectors+lora|experts|router|all; the default is the "
+        description="stand-ins|stand-ins+lora|lora|vectors|vectors+lora|experts|router|answers|all; the default is the "
         "method's own",
     )
     rank: int | None = Field(

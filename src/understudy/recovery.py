@@ -64,6 +64,7 @@ def write_recovered(
     target: Path,
     trust_remote_code: bool,
     report: Progress,
+    max_shard: int = MAX_SHARD,
 ) -> int:
     """Write a model with what was trained of it, and return the bytes of its tensors.
 
@@ -73,6 +74,7 @@ def write_recovered(
         facts: of the training, for `recovery.json` and the card; `materialised`: write every expert at full size.
         work: a folder to work in, on the disk of `target`.
         target: the new folder.
+        max_shard: bytes of a shard file at most.
 
     Raises:
         CheckpointError: what was written is not what should have been.
@@ -81,12 +83,12 @@ def write_recovered(
     source = Skeleton(folder, dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
     pieces, config, staging = recovered(source, state), source.checkpoint.config, work / "folder"
     try:
-        _write(staging, source, pieces, config, trust_remote_code, report)
+        _write(staging, source, pieces, config, trust_remote_code, report, max_shard)
         if facts["materialised"]:
             source = Skeleton(staging, dtype="float32", device="cpu", trust_remote_code=trust_remote_code)
             pieces, config = ordinary(source)
             staging = work / "full"
-            _write(staging, source, pieces, config, trust_remote_code, report)
+            _write(staging, source, pieces, config, trust_remote_code, report, max_shard)
         _write_artefacts(staging, folder, target.name, facts)
         if target.is_dir():
             target.rmdir()
@@ -97,12 +99,13 @@ def write_recovered(
 
 
 def _write(
-    staging: Path, source: Skeleton, pieces: Sequence[Piece], config: dict[str, Any], trust: bool, report: Progress
-) -> None:
+    staging: Path, source: Skeleton, pieces: Sequence[Piece], config: dict[str, Any], trust: bool, report: Progress,
+    max_shard: int,
+) -> None:  # fmt: skip
     """Write tensors and config, and read all back: the bytes are right, the model opens, and it is finite."""
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
-    write_folder(staging, source.checkpoint, pieces, max_shard=MAX_SHARD, progress=partial(report, "write"))
+    write_folder(staging, source.checkpoint, pieces, max_shard=max_shard, progress=partial(report, "write"))
     write_rest(staging, Checkpoint(source.checkpoint.folder), config)
     written = Skeleton(staging, device="cpu", trust_remote_code=trust)
     verify_tensors(written.checkpoint, source.checkpoint, pieces)
@@ -150,7 +153,9 @@ def write_file(path: Path, text: str) -> None:
 
 def objective(run: Run, loss: str) -> float:
     """Return what was trained on, as it is on the held-out text."""
-    return sum(run.held_out[{"lm": "loss", "kd": "kd", "layers": "kd"}[name]] for name in loss.split("+"))
+    return sum(
+        run.held_out[{"lm": "loss", "kd": "kd", "layers": "kd", "repair": "kd"}[name]] for name in loss.split("+")
+    )
 
 
 def said(runs: Sequence[Run], best: int) -> tuple[str, ...]:
@@ -162,7 +167,7 @@ def said(runs: Sequence[Run], best: int) -> tuple[str, ...]:
 
 
 def layers_said(run: Run) -> tuple[str, ...]:
-    """Say how far layers that were trained one by one came."""
+    """Say how far layers that were trained or repaired one by one came."""
     if not run.layers:
         return ()
     parts = (f"{x['layer']:g}: {x['before']:.4f} to {x['after']:.4f}" for x in run.layers)

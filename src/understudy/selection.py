@@ -175,7 +175,9 @@ def in_classes(score: np.ndarray, widths: np.ndarray, classes: int, more: int = 
             low = middle + 1
     rounded = np.empty_like(found)
     rounded[ranked] = _fill(lost, found, total, step)
-    if widths.any() and not rounded.any():  # less than a step is left, and a layer needs a neuron: of an awkward width, then
+    if (
+        widths.any() and not rounded.any()
+    ):  # less than a step is left, and a layer needs a neuron: of an awkward width, then
         rounded[int(widths.argmax())] = min(total, width)
     return rounded
 

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from understudy._version import __version__
 from understudy.checkpoint import resolve
+from understudy.data import Blocks
 from understudy.errors import OutputError, UnderstudyError, reason
+from understudy.facts import parse_bytes
 from understudy.held import free_target, held, work_folder
 from understudy.methods import all_methods
 from understudy.plans import Plan, load_plan
@@ -24,11 +26,12 @@ from understudy.processes import Processes, join_processes
 from understudy.recipe import Recovery, settings_from
 from understudy.recovery import Recovered, layers_said, objective, said, write_file, write_recovered
 from understudy.runtime import pick_device
+from understudy.shards import MAX_SHARD
 from understudy.skeleton import Skeleton
 from understudy.tokens import load_tokenizer, longest_sequence
 from understudy.training import trainable
 from understudy.training.fading import Fade
-from understudy.training.lessons import Lessons, lessons
+from understudy.training.lessons import lessons_for
 from understudy.training.whole import check_original, keep_originals, load_whole
 
 if TYPE_CHECKING:
@@ -47,6 +50,8 @@ def recover(
     progress: Progress | None = None,
     settings: Recovery | None = None,
     materialise: bool = False,
+    max_shard_size: str | None = None,
+    blocks: Blocks | None = None,
     **options: Any,
 ) -> Recovered | None:
     """Train a model and write it to `out`, in the layout and the dtypes that it had.
@@ -62,6 +67,8 @@ def recover(
         settings: every setting; or give them by name (`train`, `steps`, `lr`, ... of `recipe.Recovery`).
         materialise: write every expert at full size, so that the folder is an ordinary checkpoint that loads anywhere
             and saves no memory.
+        max_shard_size: size of a shard file, as `5GB`.
+        blocks: text to train on in the place of `train`, drawn already.
 
     Returns:
         What was written; None in every process but the first, where there are several.
@@ -70,12 +77,14 @@ def recover(
         UnderstudyError: bad model, teacher, data or settings; what can be known to fail fails before any training.
         NumericError: the loss is not finite; the last good checkpoint stays in the work folder.
     """
-    job = _Job(model, out, teacher, settings_from(Recovery, settings, options), progress or (lambda w, d, t: None))
+    max_shard = parse_bytes(max_shard_size) if max_shard_size else MAX_SHARD
+    report = progress or (lambda what, done, total: None)
+    job = _Job(model, out, teacher, settings_from(Recovery, settings, options), report, blocks)
     if materialise:
         job.check_ordinary()
     with held(job.target) if job.processes.rank == 0 else nullcontext():
         runs = job.train()
-        result = job.write(runs, materialise) if job.processes.rank == 0 else None
+        result = job.write(runs, materialise, max_shard) if job.processes.rank == 0 else None
     job.processes.wait()
     return result
 
@@ -84,14 +93,10 @@ class _Job:
     """One call of `recover`: what it was told, opened and checked."""
 
     def __init__(
-        self,
-        model: str | os.PathLike[str],
-        out: str | os.PathLike[str],
-        teacher: str | os.PathLike[str] | None,
-        settings: Recovery,
-        report: Progress,
-    ) -> None:
-        if not settings.train:
+        self, model: str | os.PathLike[str], out: str | os.PathLike[str], teacher: str | os.PathLike[str] | None,
+        settings: Recovery, report: Progress, blocks: Blocks | None,
+    ) -> None:  # fmt: skip
+        if not settings.train and blocks is None:
             raise UnderstudyError("give text to train on with --train")
         self.settings, self.report, self.target = settings, report, free_target(out)
         self.folder = resolve(model)
@@ -102,18 +107,23 @@ class _Job:
         self.plan = _plan_of(self.folder)
         gone = [key for key, kinds in self.plan.layers.items() if "condense" in kinds] if self.plan else []
         self.condensed = trainable.condensed_blocks(self.student.model, self.student.layers, gone)
-        self.layerwise = settings.loss == "layers"
+        self.layerwise = settings.loss in ("layers", "repair")
         usual = trainable.usual(self.student.model, self.student.layers, self.condensed)
         self.what = trainable.in_layers(settings, usual) if self.layerwise else settings.train_what or usual
         if self.layerwise and self.processes.world > 1:
-            raise UnderstudyError("--loss layers runs in one process; start it without accelerate launch or torchrun")
+            raise UnderstudyError(
+                f"--loss {settings.loss} runs in one process; start it without accelerate launch or torchrun"
+            )
         self.rank = settings.rank or trainable.usual_rank(self.student.model, self.student.layers)
         self.end_ratios = self._end_ratios()
         self.fades = [Fade(r, settings.steps, settings.schedule) for r in self.end_ratios]
         self.distils = settings.loss != "lm"
         self.teacher = None if teacher is None else self._open_teacher(teacher)
         self._check_outline()
-        self.train_part, self.held_part = self._lessons()
+        if settings.seq_len > (limit := longest_sequence(self.student.config)):
+            raise UnderstudyError(f"--seq-len {settings.seq_len} is more than the {limit} positions of {self.folder}")
+        tokenizer = load_tokenizer(self.folder, settings.trust_remote_code)
+        self.train_part, self.held_part = lessons_for(settings, tokenizer, blocks)
         self.work = work_folder(self.target) / self._key()
 
     def _open(self, folder: Path, device: str = "cpu") -> Skeleton:
@@ -162,13 +172,6 @@ class _Job:
         self.names = trainable.trained(outline.model)
         self.trained = sum(named[name].numel() for name in self.names)
 
-    def _lessons(self) -> tuple[Lessons, Lessons]:
-        s = self.settings
-        if s.seq_len > (limit := longest_sequence(self.student.config)):
-            raise UnderstudyError(f"--seq-len {s.seq_len} is more than the {limit} positions of {self.folder}")
-        tokenizer = load_tokenizer(self.folder, s.trust_remote_code)
-        return lessons(s.train, tokenizer, seq_len=s.seq_len, seed=s.seed, held_out=s.held_out, limit=s.steps * s.batch)
-
     def _key(self) -> str:
         """Hash everything that the weights depend on, so that only the same run is ever continued."""
         told = self.settings.model_dump(exclude={"save_every", "end_ratio", "device"})
@@ -208,13 +211,9 @@ class _Job:
         # weights, and gradients and two moments of what is trained, in four bytes each
         beside = 4 * sum(e.numel for e in self.student.checkpoint.entries.values()) + 12 * self.trained
         return open_teacher(
-            teacher,
-            (self.train_part, self.held_part),
-            beside_bytes=beside,
-            work=self.work,
-            processes=self.processes,
+            teacher, (self.train_part, self.held_part), beside_bytes=beside, work=self.work, processes=self.processes,
             progress=self.report,
-        )
+        )  # fmt: skip
 
     def _run(self, fade: Fade, answers: Teacher | None, folder: Path) -> Run:
         from understudy.training.checkpoints import save_trained
@@ -262,7 +261,7 @@ class _Job:
         text = self.train_part, self.held_part
         return train_layers(student, teacher, text, self.settings, what, folder, self.report)
 
-    def write(self, runs: Sequence[Run], materialise: bool) -> Recovered:
+    def write(self, runs: Sequence[Run], materialise: bool, max_shard: int) -> Recovered:
         """Write the best run's model, verify it, and let it appear."""
         from safetensors.torch import load_file
 
@@ -278,6 +277,7 @@ class _Job:
             target=self.target,
             trust_remote_code=s.trust_remote_code,
             report=self.report,
+            max_shard=max_shard,
         )
         shutil.rmtree(self.work, ignore_errors=True)
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Train one decoder layer after the other, each toward what the same layer of the teacher puts out.
+"""Train or repair one decoder layer after the other, each toward what the same layer of the teacher puts out.
 
 Block-wise distillation: the student's layer sees what the student's earlier layers, already trained, put out, and is to
 answer what the teacher's layer answers behind the teacher's own, so that later layers also repair what earlier ones
@@ -6,7 +6,8 @@ spoilt. In memory there are the embeddings and one layer of each model, with gra
 it; what the text looks like between two layers lies on disk. Within a layer the error is squared, summed over the
 tokens that are no padding, and counted as a share of what the teacher's layer adds to its input.
 
-A layer that is not better on held-out text after its steps keeps the weights that it had.
+How a layer is fitted is for `descent` and `repairing` to say. One that is not better on held-out text after that keeps
+the weights that it had.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,18 +25,19 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from transformers import get_scheduler
 
 from understudy.activations import ActivationStore
-from understudy.errors import NumericError, OutputError, UnderstudyError, reason
+from understudy.errors import OutputError, UnderstudyError, reason
 from understudy.facts import parse_bytes
 from understudy.recipe import Recovery
 from understudy.skeleton import Skeleton
 from understudy.training import trainable
+from understudy.training.descent import descend
 from understudy.training.lessons import Lessons
 from understudy.training.loop import Run, batches, peak_of, reset_peak
 from understudy.training.losses import distillation_loss, lm_loss
+from understudy.training.onelayer import OneLayer
+from understudy.training.repairing import repair
 from understudy.walk import Walk
 
 Progress = Callable[[str, int, int], None]
@@ -94,11 +95,8 @@ def train_layers(
         raise UnderstudyError("--precision fp16 is not for --loss layers; use bf16 or no")
     reset_peak(student.device)
     found, figures, state = _Layerwise(student, teacher, text, settings, what, folder, progress).run()
-    losses = [
-        {"step": n * settings.steps + step + 1, "layer": x.layer, "beta": 0.0, **entry}
-        for n, x in enumerate(found)
-        for step, entry in enumerate(x.losses)
-    ]
+    steps = [(x.layer, entry) for x in found for entry in x.losses]
+    losses = [{"step": n, "layer": layer, "beta": 0.0, **entry} for n, (layer, entry) in enumerate(steps, 1)]
     seconds = sum(entry["seconds"] for entry in losses)
     layers = [{"layer": x.layer, "before": x.before, "after": x.after} for x in found]
     return Run(0.0, losses, figures, seconds, *peak_of(student.device), layers), state
@@ -180,72 +178,25 @@ class _Layerwise:
     def _train(
         self, layer: Any, index: int, parameters: dict[str, Tensor], before: Callable[[int], Any], targets: Any
     ) -> None:
-        """Make the steps of one layer, keep the better of what was and what came out, and write it."""
-        s = self.settings
-        start = {name: p.detach().clone() for name, p in parameters.items()}
-        first = self._error(layer, index, before, targets)
-        optimiser = torch.optim.AdamW(parameters.values(), lr=s.lr, weight_decay=s.weight_decay)
-        kind = s.lr_schedule if s.lr_schedule != "constant" else "constant_with_warmup"
-        falling = get_scheduler(kind, optimiser, round(s.warmup * s.steps), s.steps)
-        losses: list[dict[str, float]] = []
-        order = self._order(index)
-        for step in range(s.steps):
-            begun, numbers = time.perf_counter(), [next(order) for _ in range(self.accumulate)]
-            error, scale = 0.0, sum(self._adds(before(n)[1], targets.get(n), n, index) for n in numbers)
-            for number in numbers:
-                loss = self._squares(layer, index, number, before, targets) / max(scale, 1e-30)
-                loss.backward()
-                error += float(loss.detach())
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            if not math.isfinite(error) or not bool(norm.isfinite()):
-                raise NumericError(
-                    f"decoder layer {index}: the error or its gradient is not finite at step {step + 1} of {s.steps}; "
-                    f"try a lower --lr than {s.lr:g}, or a --warmup"
-                )
-            rate = falling.get_last_lr()[0]
-            optimiser.step()
-            optimiser.zero_grad()
-            falling.step()
-            losses.append({"loss": error, "lr": rate, "seconds": time.perf_counter() - begun})
-        last = self._error(layer, index, before, targets)
+        """Train or repair one layer, keep the better of what was and what came out, and write it."""
+        s, start = self.settings, {name: p.detach().clone() for name, p in parameters.items()}
+
+        def run(number: int) -> Any:
+            with torch.autocast(self.student.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
+                return self.walks[0].graph(layer, index, number, before(number)[0])
+
+        one = OneLayer(index, run, lambda number: before(number)[1], targets, self.masks, self.training)
+        first = one.missed()
+        if s.loss == "repair":
+            losses = repair(one, parameters, s.rounds, s.seed)
+        else:
+            losses = descend(one, parameters, s, self.accumulate)
+        last = one.missed()
         if not last < first:
             with torch.no_grad():
                 for name, p in parameters.items():
                     p.copy_(start[name])
         self._keep(_Layer(index, first, last if last < first else first, losses), parameters)  # last may be NaN
-
-    def _order(self, index: int) -> Iterator[int]:
-        """Give batches to train on: all in a random order, then again in another."""
-        generator = np.random.default_rng([self.settings.seed, 3, index])
-        while True:
-            yield from generator.permutation(self.training).tolist()
-
-    def _squares(
-        self, layer: Any, index: int, number: int, before: Callable[[int], Any], targets: ActivationStore
-    ) -> Tensor:
-        """Return the squared distance of a batch, of what the student's layer puts out from what the teacher's did."""
-        bf16 = self.settings.precision == "bf16"
-        with torch.autocast(self.student.device.type, torch.bfloat16, enabled=bf16):
-            mine = self.walks[0].graph(layer, index, number, before(number)[0])
-        return self._distance(_hidden(mine), _hidden(targets.get(number)), number)
-
-    def _distance(self, a: Tensor, b: Tensor, number: int) -> Tensor:
-        mask = torch.from_numpy(self.masks[number]).to(a.device)
-        return (a.float() - b.float()).flatten(2).square().sum(-1)[mask].sum()
-
-    def _adds(self, before: Any, after: Any, number: int, index: int) -> float:
-        """Return the square of what the teacher's layer adds; before the first layer there is nothing."""
-        after = _hidden(after)
-        return float(self._distance(after, _hidden(before) if index else torch.zeros_like(after), number))
-
-    @torch.no_grad()
-    def _error(self, layer: Any, index: int, before: Callable[[int], Any], targets: ActivationStore) -> float:
-        """Return the share of what the teacher's layer adds that the student's misses, on held-out text."""
-        missed = added = 0.0
-        for number in range(self.training, len(self.masks)):
-            missed += float(self._squares(layer, index, number, before, targets))
-            added += self._adds(before(number)[1], targets.get(number), number, index)
-        return missed / max(added, 1e-30)
 
     @torch.no_grad()
     def _measured(self) -> dict[str, float]:
@@ -299,9 +250,3 @@ class _Walk(Walk):
 
 def _batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-def _hidden(output: Any) -> Tensor:
-    """Return the hidden states among what a decoder layer puts out, the first of its tensors."""
-    leaves = pytree.tree_leaves(output)
-    return next(x for x in leaves if isinstance(x, Tensor) and x.is_floating_point())

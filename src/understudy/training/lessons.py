@@ -18,14 +18,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from understudy.data import Joined, batches, characters, separator_notes, separator_of, text_tokens
+from understudy.data import Blocks, Joined, batches, characters, separator_notes, separator_of, text_tokens
 from understudy.errors import DataError
+from understudy.recipe import Recovery
 from understudy.sources import Document, Source, documents, parse_specs
 from understudy.training.answers import answered
 
 log = logging.getLogger(__name__)
 
 NOT_LEARNT = -100  # the label that the loss looks past, in torch and in transformers
+_REPAIRED_ON = 512  # sequences, unless told otherwise
 MOST_HELD_OUT = 256  # sequences: more say little more, and cost time at every look
 
 
@@ -100,6 +102,22 @@ def lessons(
     for note in notes:
         log.warning("%s", note)
     log.info("%d sequences of %d tokens to train on, %d held out", len(train), seq_len, len(held))
+    return whole.lessons(train, tuple(notes)), whole.lessons(held, ())
+
+
+def lessons_for(settings: Recovery, tokenizer: Any, blocks: Blocks | None = None) -> tuple[Lessons, Lessons]:
+    """Return the sequences to train on and those held out as settings ask for them; of `blocks`, if these are given.
+
+    Raises:
+        DataError: as `lessons`, or fewer than two different blocks.
+    """
+    s = settings
+    if blocks is None:
+        limit = s.sequences or (_REPAIRED_ON if s.loss == "repair" else s.steps * s.batch)
+        return lessons(s.train, tokenizer, seq_len=s.seq_len, seed=s.seed, held_out=s.held_out, limit=limit)
+    ids, notes = np.ascontiguousarray(blocks.ids, np.int32), list[str]()
+    train, held = _split(ids, s.held_out, s.seed, notes)
+    whole = _Sequences(ids, ids, np.full(len(ids), ids.shape[1]))
     return whole.lessons(train, tuple(notes)), whole.lessons(held, ())
 
 

@@ -5,6 +5,7 @@ Letters: E experts, K rows of the stacked weights, r rank.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -20,9 +21,14 @@ from understudy.unrouted import UnroutedExperts
 
 STAND_INS, WITH_LORA, LORA = "stand-ins", "stand-ins+lora", "lora"
 VECTORS, VECTORS_LORA = "vectors", "vectors+lora"
-WHAT = (STAND_INS, WITH_LORA, LORA, VECTORS, VECTORS_LORA, "experts", "router", "all")
+ANSWERS = "answers"
+WHAT = (STAND_INS, WITH_LORA, LORA, VECTORS, VECTORS_LORA, "experts", "router", ANSWERS, "all")
 ADDING = (WITH_LORA, LORA, VECTORS_LORA)  # those that add low-rank parts
 RANK = 16
+# What the output of experts is linear in: their last matrices and biases, constants, and B of affine maps.
+_ANSWERS = re.compile(r"(^|\.)((down_proj|output_linear|w2)(\.weight|[._]bias)?|constants|thin\.\d+\.b)$")
+_UNUSED = ("end_ratio", "gradient_checkpointing", "rank", "save_every")
+_BY_STEPS = ("steps", "lr", "lr_schedule", "warmup", "weight_decay", "precision", "train_what", "dtype")
 
 
 def condensed_blocks(model: nn.Module, layers: Sequence[MoELayer], keys: Collection[str]) -> list[str]:
@@ -61,9 +67,13 @@ def in_layers(settings: Recovery, usual: str) -> str:
     Raises:
         UnderstudyError: the settings ask for something that this way of training does not do.
     """
-    idle = ("end_ratio", "gradient_checkpointing", "rank", "save_every")
-    for name in (name for name in idle if getattr(settings, name)):
-        raise UnderstudyError(f"--{name.replace('_', '-')} has no effect with --loss layers; leave it out")
+    repairs = settings.loss == "repair"
+    for name in _UNUSED + _BY_STEPS if repairs else _UNUSED:
+        if getattr(settings, name) != Recovery.model_fields[name].default:
+            flag = f"--{name.replace('_', '-')}"
+            raise UnderstudyError(f"{flag} has no effect with --loss {settings.loss}; leave it out")
+    if repairs:
+        return ANSWERS
     if settings.train_what is None and usual == WITH_LORA:
         return STAND_INS
     found = settings.train_what or usual
@@ -93,7 +103,8 @@ def prepare(
         what: one of `WHAT`. `stand-ins` are constants, experts of fewer neurons, merged experts, bases, low-rank
             parts and vectors, and in condensed layers all experts, the shared ones among them; `vectors` are those of
             experts that do not run alone; `lora` adds B A to each expert that has weights of its own, `experts` are all
-            of these and the stand-ins, `router` the routers alone.
+            of these and the stand-ins, `router` the routers alone; `answers` is all that a layer's output is linear
+            in: constants, and the last matrices of experts, kept, changed or shared.
         rank: of the parts that are added.
         seed: of their A.
         condensed: names of condensed blocks.
@@ -108,6 +119,9 @@ def prepare(
         experts: Any = model.get_submodule(layer.name)
         if what == "experts":
             experts.requires_grad_(True)
+        if what == ANSWERS:
+            for module in (experts, *map(model.get_submodule, layer.shared)):
+                _train_answers(module)
         if what == "router":
             for name in layer.router:
                 _get(model, name).requires_grad_(_get(model, name).is_floating_point())
@@ -121,6 +135,8 @@ def prepare(
     for parameter in model.parameters():
         if not parameter.numel():  # of bases where there are none: processes would wait for gradients that never come
             parameter.requires_grad_(False)
+    for block in condensed if what == ANSWERS else ():
+        _train_answers(model.get_submodule(block))
     for block in condensed if what in (STAND_INS, WITH_LORA) else ():
         for parameter in model.get_submodule(block).parameters():
             # not what is left of the router, nor a gate on shared experts
@@ -144,6 +160,12 @@ def _train_stand_ins(experts: Any) -> None:
             parameter.requires_grad_(True)
             if len(mine) < len(experts.kept):
                 parameter.register_hook(_only(mine, len(experts.kept)))
+
+
+def _train_answers(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if _ANSWERS.search(name):
+            parameter.requires_grad_(True)
 
 
 def _only(rows: Sequence[int], count: int) -> Any:
