@@ -87,7 +87,7 @@ class Calibrations:
         return self.folder / f"{'-'.join([f'stats-seed{seed}', *words])}.safetensors"
 
     def _new(self, file: Path, settings: Calibration) -> Calibrated:
-        stats = self.calibrate(file, settings, self._blocks(settings.seed))
+        stats = self.calibrate(file, settings, self.blocks(settings.seed))
         return Calibrated(stats, file, file_hash(file))
 
     def _calibration(self, seed: int, **more: Any) -> Calibration:
@@ -98,11 +98,12 @@ class Calibrations:
 
     def _read(self, file: Path, seed: int) -> Stats:
         stats = load_stats(file)
-        if self._blocks(seed).digest != stats.data.get("digest"):
+        if self.blocks(seed).digest != stats.data.get("digest"):
             raise StatsError(f"{file} was made of other text than --data is now; choose another --out")
         return stats
 
-    def _blocks(self, seed: int) -> Blocks:
+    def blocks(self, seed: int) -> Blocks:
+        """Return the text of a seed."""
         settings = self.settings
         if seed not in self._drawn:
             self._drawn[seed] = token_blocks(

@@ -129,13 +129,13 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def commands(
-    model: str, out: str, calibration: Calibration, selection: Selection, max_shard_size: str | None
+    model: str, out: str, calibration: Calibration, selection: Selection, max_shard_size: str | None, repair: int = 0
 ) -> list[str]:
-    """Return the command lines that make a model again: in one step, and in three."""
+    """Return the command lines that make a model again: in one step, and in three; `repair` is in the first alone."""
     last = [*([("--max-shard-size", max_shard_size)] if max_shard_size else []), ("--out", out)]
     both = list(dict.fromkeys([*_flags(calibration), *_flags(selection)]))
     steps: list[list[str | tuple[str, ...]]] = [
-        ["compress", model, *both, *last],
+        ["compress", model, *both, *([("--repair", str(repair))] if repair else []), *last],
         ["calibrate", model, *_flags(calibration), ("--out", "stats.safetensors")],
         ["plan", "stats.safetensors", *_flags(selection), ("--out", "plan.yaml")],
         ["apply", model, "plan.yaml", ("--stats", "stats.safetensors"), *last],
@@ -190,19 +190,20 @@ def recovered_card(text: str, name: str, was: str, facts: dict[str, Any]) -> str
     text = text.replace(
         "Nothing was trained; everything else is the source's, byte for byte.", "Then it was trained, see Recovery."
     )
+    how = f"`understudy recover` trained {facts['trained']:,} parameters of {was} (`{facts['train_what']}`) for\n"
+    how += f"{settings.steps:,} steps of {settings.batch} sequences of up to {settings.seq_len} tokens."
+    if settings.loss == "repair":
+        how = f"What the layers' outputs are linear in, {facts['trained']:,} parameters, was solved for layer by layer in\n"
+        how += f"{settings.rounds} rounds over {facts['sequences']['trained']} sequences of {settings.seq_len} tokens."
+    again = f" To train it again:\n\n```\n{{}}\n```\n" if settings.train else "\n"
+    again = again.format(recover_command(was, name, "SOURCE" if facts["teacher"] else None, settings))
     faded = f" The originals faded out over {run['end_ratio']:g} of the steps." if run["end_ratio"] else ""
     return f"""\
 {text.rstrip()}
 
 ## Recovery
 
-`understudy recover` trained {facts["trained"]:,} parameters of {was} (`{facts["train_what"]}`) for
-{settings.steps:,} steps of {settings.batch} sequences of up to {settings.seq_len} tokens.{faded}
-On held-out training text: {figures}. To train it again:
-
-```
-{recover_command(was, name, "SOURCE" if facts["teacher"] else None, settings)}
-```
-
+{how}{faded}
+On held-out training text: {figures}.{again}
 Every run and setting is in `understudy/recovery.json`.
 """

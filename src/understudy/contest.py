@@ -39,7 +39,8 @@ class Entrant:
     label: str
     method: Method
     kind: str
-    options: dict[str, str]
+    options: dict[str, str]  # settings of a plan
+    repair: int = 0  # rounds, as `compress` has them
 
     def selection(self, seed: int, **budget: Any) -> Selection:
         """Return the settings of a plan; `budget` is a ratio or a size."""
@@ -49,7 +50,8 @@ class Entrant:
     @property
     def sequential(self) -> bool:
         """Whether its statistics can be taken layer by layer from the compressed model, as its paper does."""
-        return self.method.sequential and self.kind == self.method.kind and not self.options
+        plain = self.kind == self.method.kind and not self.options and not self.repair
+        return self.method.sequential and plain
 
     @property
     def needs(self) -> set[str]:
@@ -68,7 +70,7 @@ def read_entrants(labels: Iterable[str]) -> list[Entrant]:
         raise UnderstudyError(f"--methods names no method; there is {', '.join(all_methods())}")
     seen: dict[tuple[object, ...], str] = {}
     for entrant in entrants:
-        identity = (entrant.method.name, entrant.kind, tuple(sorted(entrant.options.items())))
+        identity = (entrant.method.name, entrant.kind, tuple(sorted(entrant.options.items())), entrant.repair)
         if identity in seen:
             twice = f"--methods names {entrant.label} twice"
             same = f"--methods names {seen[identity]} and {entrant.label}, which are the same"
@@ -79,7 +81,7 @@ def read_entrants(labels: Iterable[str]) -> list[Entrant]:
 
 def _read(label: str) -> Entrant:
     name, *parts = (part.strip() for part in label.split(":"))
-    method, kind, options = get_method(name), None, {}
+    method, kind, options, repair = get_method(name), None, {}, 0
     for part in parts:
         setting, equals, value = part.partition("=")
         setting = setting.strip().replace("-", "_")
@@ -87,8 +89,12 @@ def _read(label: str) -> Entrant:
             kind = get_kind(part).name
         elif not equals:
             raise PlanError(f"--methods {label}: names two kinds, {kind} and {part}; give one")
+        elif setting == "repair":
+            if not value.strip().isdecimal() or not int(value):
+                raise PlanError(f"--methods {label}: {value} is no number of rounds; give 1 or more")
+            repair = int(value)
         elif setting in _OWN or setting not in Selection.model_fields:
-            known = sorted(set(Selection.model_fields) - _OWN)
+            known = sorted({"repair", *Selection.model_fields} - _OWN)
             hint = suggest(setting, known)
             raise PlanError(f"--methods {label}: {setting} is no setting here{hint}; there is {', '.join(known)}")
         else:
@@ -99,7 +105,7 @@ def _read(label: str) -> Entrant:
     if kind not in method.kinds:
         possible = " or ".join(k for k in method.kinds if k in all_kinds())
         raise PlanError(f"--methods {label}: {method.name} cannot make {kind}; there is {possible}")
-    entrant = Entrant(label, method, kind, options)
+    entrant = Entrant(label, method, kind, options, repair)
     entrant.selection(0)  # refuses values that no setting takes
     return entrant
 

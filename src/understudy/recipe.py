@@ -255,6 +255,12 @@ def _by_commas(value: Any) -> Any:
     return tuple(part for several in parts for part in several)
 
 
+def repairing(text: Calibration | Comparison, seed: int, rounds: int) -> Recovery:
+    """Return the settings that repair a model on the text that it was calibrated on."""
+    same = {name: getattr(text, name) for name in ("seq_len", "device", "trust_remote_code")}
+    return Recovery(loss="repair", rounds=rounds, batch=text.batch_size, seed=seed, **same)
+
+
 T = TypeVar("T", bound=_Settings)
 
 

@@ -227,6 +227,9 @@ def compress(
     calibration: Calibration,
     selection: Selection,
     max_shard_size: MaxShardSize = None,
+    repair: Annotated[
+        int, typer.Option("--repair", help="rounds in which all that each layer is linear in is fitted together")
+    ] = 0,
 ) -> dict[str, Any] | None:
     """Calibrate, plan and apply in one go."""
     compressed = understudy.compress(
@@ -235,6 +238,7 @@ def compress(
         calibration=calibration,
         selection=selection,
         max_shard_size=max_shard_size,
+        repair=repair,
         progress=screen.step,
     )
     return compressed.to_dict() if compressed else None
@@ -250,9 +254,10 @@ def recover(
         str | None, typer.Option("--teacher", help="the original: to distil from, and what fades out of the stand-ins")
     ] = None,
     materialise: Materialise = False,
+    max_shard_size: MaxShardSize = None,
 ) -> dict[str, Any] | None:
     """Train what stands in for the experts, or more, and write the model that comes out."""
-    told = {"teacher": teacher, "settings": settings, "materialise": materialise}
+    told = {"teacher": teacher, "settings": settings, "materialise": materialise, "max_shard_size": max_shard_size}
     recovered = understudy.recover(model, out, **told, progress=screen.step)
     return recovered.to_dict() if recovered else None
 

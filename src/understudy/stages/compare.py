@@ -11,7 +11,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,11 @@ from understudy.held import held
 from understudy.layout import model_facts
 from understudy.plans import Plan
 from understudy.quality import ALL, vocabulary
-from understudy.recipe import Calibration, Comparison, settings_from
+from understudy.recipe import Calibration, Comparison, repairing, settings_from
 from understudy.skeleton import Skeleton
 from understudy.stages.apply import apply
 from understudy.stages.calibrate import calibrate
+from understudy.stages.recover import recover
 from understudy.stages.select import PlanResult, make_plan
 from understudy.stats import Stats
 from understudy.tokens import load_tokenizer, longest_sequence
@@ -228,7 +230,7 @@ class _Run:
             label=entrant.label,
             method=entrant.method.name,
             kind=entrant.kind,
-            options=entrant.options,
+            options=entrant.options | ({"repair": str(entrant.repair)} if entrant.repair else {}),
             ratio=ratio,
             seed=seed,
             budget_bytes=size,
@@ -239,7 +241,7 @@ class _Run:
                 calibrated = self.calibrations.sequential(entrant, ratio, seed)
             assert calibrated is not None
             made = self._plan(entrant, ratio, seed, size, calibrated.stats)
-            found = self._evaluate(record.name, made, calibrated, whole)
+            found = self._evaluate(record, entrant, made, calibrated, whole)
         except (OutputError, DependencyError):
             raise
         except UnderstudyError as error:
@@ -259,27 +261,44 @@ class _Run:
                 return made
         return make_plan(stats, entrant.selection(seed, size=f"{size}B"))
 
-    def _evaluate(self, name: str, made: PlanResult, calibrated: Calibrated, whole: bool) -> dict[str, Any]:
+    def _evaluate(
+        self, record: Record, entrant: Entrant, made: PlanResult, calibrated: Calibrated, whole: bool
+    ) -> dict[str, Any]:
         """Return the fields of a record that come of its plan."""
         plan = made.plan.model_copy(update={"stats": calibrated.digest})
-        file = plan.save(self.target / PLANS / f"{name}.yaml")
-        model = planned(self.source, plan, calibrated.stats)
-        found, kl_N = self.trial.figures(model)
+        file = plan.save(self.target / PLANS / f"{record.name}.yaml")
         notes = list(made.notes)
-        if whole:
-            more, problems = self.trial.run_whole(model, kl_N)
-            found, notes = found | more, notes + problems
-        if self.harness is not None:
-            found["tasks"] = self._written_and_asked(plan, calibrated.stats)
+        with self._made(plan, calibrated.stats, record.seed, entrant.repair) as (model, folder):
+            found, kl_N = self.trial.figures(model)
+            if whole:
+                more, problems = self.trial.run_whole(model, kl_N)
+                found, notes = found | more, notes + problems
+            if self.harness is not None and folder is not None:
+                found["tasks"] = self._ask(folder)
         kinds = sorted({kind for kinds in plan.layers.values() for kind in kinds})
         found |= {"stats": calibrated.file.name, "plan": str(file.relative_to(self.target))}
         return found | {"notes": notes, "kind": "+".join(kinds) or "none"}
 
-    def _written_and_asked(self, plan: Plan, stats: Stats) -> Tasks:
-        """Write the model for as long as lm-eval, which loads folders, asks it."""
-        trust = self.settings.trust_remote_code
+    @contextmanager
+    def _made(self, plan: Plan, stats: Stats, seed: int, rounds: int) -> Iterator[tuple[Skeleton, Path | None]]:
+        """Give the model of a plan, and its folder where it is written: for lm-eval, which loads folders, or repaired.
+
+        It is there for as long as it is needed.
+        """
+        s = self.settings
+        if self.harness is None and not rounds:
+            yield planned(self.source, plan, stats), None
+            return
         with tempfile.TemporaryDirectory(dir=self.target, prefix=_MODEL) as place:
-            return self._ask(apply(self.folder, plan, f"{place}/model", stats=stats, trust_remote_code=trust).folder)
+            folder = apply(self.folder, plan, f"{place}/cut", stats=stats, trust_remote_code=s.trust_remote_code).folder
+            if not rounds:
+                yield planned(self.source, plan, stats), folder
+                return
+            blocks, settings = self.calibrations.blocks(seed), repairing(s, seed, rounds)
+            recover(folder, f"{place}/model", teacher=self.folder, settings=settings, blocks=blocks)
+            folder = Path(place) / "model"
+            trust = s.trust_remote_code
+            yield Skeleton(folder, dtype=s.dtype, device=s.device, trust_remote_code=trust), folder
 
     def _ask(self, folder: Path) -> Tasks:
         assert self.harness is not None

@@ -17,7 +17,7 @@ from typing import Any
 from understudy._version import __version__
 from understudy.card import Card, commands, read_card
 from understudy.checkpoint import resolve
-from understudy.data import token_blocks
+from understudy.data import Blocks, token_blocks
 from understudy.errors import OutputError, StatsError, UnderstudyError, reason
 from understudy.facts import ModelFacts, format_bytes, parse_bytes
 from understudy.held import free_target, held, work_folder
@@ -25,13 +25,14 @@ from understudy.kinds import get_kind
 from understudy.methods import get_method
 from understudy.processes import join_processes
 from understudy.ranking import planning_needs
-from understudy.recipe import Calibration, Selection, settings_from
+from understudy.recipe import Calibration, Selection, repairing, settings_from
 from understudy.rehearsal import made_up
 from understudy.runtime import pick_device
 from understudy.sequential import as_planned, with_needs
 from understudy.stages.apply import apply
 from understudy.stages.calibrate import calibrate
 from understudy.stages.inspect import Inspection, inspect
+from understudy.stages.recover import recover
 from understudy.stages.select import PlanResult, check_settings, make_plan
 from understudy.stats import EXTRA, load_stats
 from understudy.sums import groups_for
@@ -77,6 +78,7 @@ def compress(
     calibration: Calibration | None = None,
     selection: Selection | None = None,
     max_shard_size: str | None = None,
+    repair: int = 0,
     **options: Any,
 ) -> Compressed | None:
     """Calibrate a model, choose experts to replace, and write the smaller model to `out`, with its artefacts and card.
@@ -90,6 +92,8 @@ def compress(
         calibration: settings of the calibration; or give them by name.
         selection: settings of the plan; or give them by name. A `seed` given by name is that of both.
         max_shard_size: size of a shard file, as `5GB`.
+        repair: rounds in which each layer of what the plan leads to is repaired, as by `recover` with the loss
+            `repair`, on the blocks of the calibration; 0 for none.
 
     Returns:
         What was written; None in every process but the first, where there are several.
@@ -100,12 +104,16 @@ def compress(
     calibration, selection = _settings(calibration, selection, options)
     if max_shard_size:
         parse_bytes(max_shard_size)
+    if repair < 0:
+        raise UnderstudyError(f"--repair {repair} is below 0; give rounds, or leave it out")
+    if repair and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UnderstudyError("--repair runs in one process; start it without torchrun")
     target = free_target(out)
     calibration = _collecting(calibration, selection)
     found = inspect(model, trust_remote_code=calibration.trust_remote_code)
     if found.facts is None:
         raise StatsError(f"{model} holds stand-ins already; compress the original model")
-    rehearsed = _rehearse(found.facts, calibration, selection, target)
+    rehearsed = _rehearse(found.facts, calibration, selection, target, copies=2 if repair else 1)
     if get_method(selection.method).sequential and calibration.sequential is None:
         ratio = selection.ratio if rehearsed is None else rehearsed.ratio
         calibration = with_needs(as_planned(calibration, selection.method, ratio))
@@ -122,12 +130,14 @@ def compress(
         if processes.rank:
             return None
         planned = make_plan(stats_file, selection)
-        recipe = _write_recipe(work, model, calibration, selection, max_shard_size)
-        again = commands(found.model, os.fspath(target), calibration, selection, max_shard_size)
+        recipe = _write_recipe(work, model, calibration, selection, max_shard_size, repair)
+        again = commands(found.model, os.fspath(target), calibration, selection, max_shard_size, repair)
+        cut = work / target.name if repair else target
+        shutil.rmtree(work / target.name, ignore_errors=True)  # of a call that was killed
         applied = apply(
             model,
             planned.plan,
-            target,
+            cut,
             stats=stats_file,
             max_shard_size=max_shard_size,
             trust_remote_code=calibration.trust_remote_code,
@@ -135,8 +145,20 @@ def compress(
             extra_files={"README.md": _write_card(work, target.name, found, planned, stats_file, again)},
             progress=report,
         )
+        notes = applied.notes
+        if repair:
+            recovered = recover(
+                cut,
+                target,
+                teacher=model,
+                settings=repairing(calibration, calibration.seed, repair),
+                blocks=_drawn(cut, calibration),
+                max_shard_size=max_shard_size,
+                progress=report,
+            )
+            notes += recovered.notes if recovered else ()
         shutil.rmtree(work, ignore_errors=True)
-    return Compressed(applied.folder, planned, applied.nbytes, applied.source_nbytes, applied.loads, applied.notes)
+    return Compressed(target, planned, applied.nbytes, applied.source_nbytes, applied.loads, notes)
 
 
 def _work_name(target: Path) -> Path:
@@ -173,7 +195,9 @@ def _collecting(calibration: Calibration, selection: Selection) -> Calibration:
     return calibration.model_copy(update=update)
 
 
-def _rehearse(facts: ModelFacts, calibration: Calibration, selection: Selection, target: Path) -> PlanResult | None:
+def _rehearse(
+    facts: ModelFacts, calibration: Calibration, selection: Selection, target: Path, copies: int
+) -> PlanResult | None:
     """Plan on made-up statistics: what is wrong with the settings or out of the model's reach shows without any text.
 
     Raises:
@@ -186,7 +210,7 @@ def _rehearse(facts: ModelFacts, calibration: Calibration, selection: Selection,
         logger.info("%s: the width of its experts is not known before the calibration", facts.source)
         return None
     planned = make_plan(stats, selection)
-    needed = planned.expected_bytes
+    needed = copies * planned.expected_bytes
     place = next(folder for folder in target.absolute().parents if folder.exists())
     if (free := shutil.disk_usage(place).free) < needed:
         raise OutputError(f"{target}: {format_bytes(needed)} are needed, {format_bytes(free)} are free")
@@ -209,16 +233,20 @@ def _usable(stats_file: Path, model: str | os.PathLike[str], calibration: Calibr
         return False
     if calibration.weights_only:
         return True
-    blocks = token_blocks(
+    blocks = _drawn(resolve(model), calibration)
+    if digest == blocks.digest:
+        logger.info("going on with the statistics of an interrupted call, %s", stats_file)
+    return digest == blocks.digest
+
+
+def _drawn(folder: Path, calibration: Calibration) -> Blocks:
+    return token_blocks(
         calibration.data,
-        load_tokenizer(resolve(model), calibration.trust_remote_code),
+        load_tokenizer(folder, calibration.trust_remote_code),
         seq_len=calibration.seq_len,
         samples=calibration.samples,
         seed=calibration.seed,
     )
-    if digest == blocks.digest:
-        logger.info("going on with the statistics of an interrupted call, %s", stats_file)
-    return digest == blocks.digest
 
 
 def _write_recipe(
@@ -227,6 +255,7 @@ def _write_recipe(
     calibration: Calibration,
     selection: Selection,
     max_shard_size: str | None,
+    repair: int,
 ) -> Path:
     recipe = {
         "format": 1,
@@ -235,6 +264,7 @@ def _write_recipe(
         "calibration": calibration.model_dump(),
         "selection": selection.model_dump(),
         "apply": {"max_shard_size": max_shard_size},
+        "repair": repair,
     }
     return _write(work / "recipe.json", json.dumps(recipe, indent=2) + "\n")
 
