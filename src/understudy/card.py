@@ -193,9 +193,10 @@ def recovered_card(text: str, name: str, was: str, facts: dict[str, Any]) -> str
     how = f"`understudy recover` trained {facts['trained']:,} parameters of {was} (`{facts['train_what']}`) for\n"
     how += f"{settings.steps:,} steps of {settings.batch} sequences of up to {settings.seq_len} tokens."
     if settings.loss == "repair":
-        how = f"What the layers' outputs are linear in, {facts['trained']:,} parameters, was solved for layer by layer in\n"
-        how += f"{settings.rounds} rounds over {facts['sequences']['trained']} sequences of {settings.seq_len} tokens."
-    again = f" To train it again:\n\n```\n{{}}\n```\n" if settings.train else "\n"
+        how = f"What the outputs of layers are linear in, {facts['trained']:,} parameters, was solved for layer by\n"
+        how += f"layer in {settings.rounds} rounds over {facts['sequences']['trained']} sequences of "
+        how += f"{settings.seq_len} tokens."
+    again = " To train it again:\n\n```\n{}\n```\n" if settings.train else "\n"
     again = again.format(recover_command(was, name, "SOURCE" if facts["teacher"] else None, settings))
     faded = f" The originals faded out over {run['end_ratio']:g} of the steps." if run["end_ratio"] else ""
     return f"""\

@@ -153,7 +153,7 @@ class _Job:
         if skeleton.has_stand_ins:
             raise UnderstudyError(f"{teacher} holds stand-ins itself; give as --teacher the original model")
         if self.layerwise or any(self.end_ratios):
-            check_original(skeleton, self.student, self.plan)
+            check_original(skeleton, self.student, self.plan, fewer=self.layerwise)
         return skeleton
 
     def _check_outline(self) -> None:

@@ -11,8 +11,9 @@ no fit of one expert at a time can do, and shared experts, whose weights cost no
 Conjugate gradients (Hestenes and Stiefel 1952), preconditioned by the diagonal, ask for a product with J and one with
 J^T in each round, one run of the layer forth and back; J itself, as wide as all neurons of a layer, is never there. The
 diagonal is that of Hutchinson's estimate with signs at every output, averaged over the hidden size. Where a family does
-more to the output of its experts than to add it, this is one step of Gauss and Newton, for better or, as the caller
-has to find out, for worse.
+more to the output of its experts than to add it, this is one step of Gauss and Newton.
+
+With less text than neurons the last rounds learn the text by heart: the round counts that is best on held-out text.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from understudy.training.onelayer import OneLayer
 
 RIDGE = 1e-2  # over the diagonal
 _LEAST = 1e-6  # of the mean diagonal, added for what is hardly ever used
+_PATIENCE = 3  # rounds that are no better on held-out text, and then no more
 _MEMORY = "4GB"  # of what lies between two rounds; past it, files are mapped
 
 Vectors = dict[str, Tensor]
@@ -39,7 +41,8 @@ Vectors = dict[str, Tensor]
 def repair(layer: OneLayer, parameters: Vectors, rounds: int, seed: int) -> list[dict[str, float]]:
     """Solve for the parameters of one layer, in place, and return the losses.
 
-    A loss is the share of what the teacher's layer adds that is missed on the text, ridge included, after a round.
+    A loss is the share of what the teacher's layer adds that is missed on the text, ridge included, after a round, and
+    `missed` that on held-out text.
 
     Args:
         layer: on its text, in float32.
@@ -60,7 +63,10 @@ def repair(layer: OneLayer, parameters: Vectors, rounds: int, seed: int) -> list
     rhs = {name: x.clone() for name, x in left.items()}
     ahead = {name: x / scale[name] for name, x in left.items()}
     weight, adds, losses = _dot(left, ahead), layer.adds(range(layer.training)), list[dict[str, float]]()
-    for _ in range(rounds if weight > 0 else 0):
+    best, least_missed, since = {name: x.clone() for name, x in found.items()}, layer.missed(), 0
+    for _ in range(rounds):
+        if weight <= 0 or since == _PATIENCE:
+            break
         moved = _product(layer, parameters, start, ahead, outputs)
         for name, x in moved.items():
             x += (RIDGE * diagonal[name] + least) * ahead[name]
@@ -72,15 +78,17 @@ def repair(layer: OneLayer, parameters: Vectors, rounds: int, seed: int) -> list
         loss = (error - _dot(found, rhs) - _dot(found, left)) / adds
         if not math.isfinite(loss):
             raise NumericError(f"decoder layer {layer.index}: what is to be solved is not finite; check its weights")
-        losses.append({"loss": loss, "lr": 0.0, "seconds": time.perf_counter() - begun})
+        _place(parameters, start, found)
+        since += 1
+        if (missed := layer.missed()) < least_missed:
+            best, least_missed, since = {name: x.clone() for name, x in found.items()}, missed, 0
+        losses.append({"loss": loss, "missed": missed, "lr": 0.0, "seconds": time.perf_counter() - begun})
         begun = time.perf_counter()
         nearer = {name: x / scale[name] for name, x in left.items()}
         now = _dot(left, nearer)
         ahead = {name: x + now / weight * ahead[name] for name, x in nearer.items()}
         weight = now
-        if weight <= 0:
-            break
-    _place(parameters, start, found)
+    _place(parameters, start, best)
     return losses
 
 

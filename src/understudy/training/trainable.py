@@ -40,8 +40,8 @@ def condensed_blocks(model: nn.Module, layers: Sequence[MoELayer], keys: Collect
     if not layers:
         return native
     like = layers[0]
-    before, after = like.block.split(f".{like.index}.", 1)
-    named = [f"{before}.{key}.{after}" for key in keys]
+    before, after = f"{like.block}.".split(f".{like.index}.", 1)  # experts may lie right in the decoder layer
+    named = [f"{before}.{key}.{after}".rstrip(".") for key in keys]
     return sorted({*native, *named})
 
 

@@ -28,8 +28,8 @@ def keep_originals(model: Any, student: Skeleton, teacher: Skeleton) -> None:
             bases.keep_originals(teacher.model.get_submodule(theirs.name))
 
 
-def check_original(teacher: Skeleton, student: Skeleton, plan: Plan | None) -> None:
-    """Refuse a teacher whose layers are not those that the student's were made from.
+def check_original(teacher: Skeleton, student: Skeleton, plan: Plan | None, *, fewer: bool = False) -> None:
+    """Refuse a teacher whose layers are not those that the student's were made from; `fewer` experts may be left.
 
     Raises:
         PlanError: it is another model than the plan was made for, or its layers have other sizes.
@@ -40,8 +40,11 @@ def check_original(teacher: Skeleton, student: Skeleton, plan: Plan | None) -> N
             f"--teacher {teacher.checkpoint.folder} is another model ({found}) than the {plan.model.source} "
             f"({plan.model.fingerprint}) that {mine} was made from"
         )
+    sizes: list[dict[str, tuple[int, ...]]]
     sizes = [{layer.key: (layer.num_experts, layer.hidden_size) for layer in s.layers} for s in (student, teacher)]
     depths = [len(s.decoder_layers) for s in (student, teacher)]
+    if fewer:
+        sizes = [{key: size[1:] for key, size in layers.items()} for layers in sizes]
     if not sizes[0].items() <= sizes[1].items() or depths[0] != depths[1]:
         raise PlanError(
             f"--teacher {teacher.checkpoint.folder} has other MoE layers than {mine}; give the original model"
