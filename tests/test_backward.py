@@ -163,6 +163,7 @@ def test_equals_autograd_on_the_whole_model(family: str, tmp_path: Path) -> None
                 assert not got[key]["gradient_sq_sum"][e].any()
                 continue
             h, d = experts[e].h.detach().numpy(), experts[e].h.grad.numpy()
+            assert got[key]["gradient_count"][e] == len(h)
             np.testing.assert_allclose(
                 got[key]["gradient_sq_sum"][e], (d**2).sum(0), rtol=1e-3, atol=1e-5 * scale, err_msg=f"{key} {e}"
             )
@@ -280,7 +281,10 @@ def test_calibration_collects_gradients(olmoe: Path, data: str, tmp_path: Path) 
     assert seen == list(range(9))
     plain, _ = run(olmoe, data, tmp_path / "plain", collect=())
     small.assert_close(
-        {key: replace(x, gradient_sq_sum=None, effect_sq_sum=None) for key, x in stats.layers.items()},
+        {
+            key: replace(x, gradient_sq_sum=None, effect_sq_sum=None, gradient_count=None)
+            for key, x in stats.layers.items()
+        },
         plain.layers,
         0,
         exact=True,

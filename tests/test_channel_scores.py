@@ -66,6 +66,7 @@ def sums_of(experts: list[Expert]) -> dict[str, np.ndarray]:
         "up_sq_sum": each(lambda x: (x.up**2).sum(0)),
         "preactivation_sq_sum": each(lambda x: (x.gate**2).sum(0)),
         "down_sq_norm": each(lambda x: (x.down**2).sum(0)),
+        "gradient_count": np.array([float(len(x.d)) for x in experts]),
         "gradient_sq_sum": each(lambda x: (x.d**2).sum(0)),
         "effect_sq_sum": each(lambda x: ((x.h * x.d) ** 2).sum(0)),
         "gate_sq_sum": np.array([(x.g**2).sum() for x in experts]),

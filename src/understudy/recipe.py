@@ -55,7 +55,10 @@ class Calibration(_Reading):
         "gradients, modulation, low_rank",
     )
     gradient_samples: int | None = Field(
-        None, gt=0, description="gradients: blocks that are also walked back through, evenly spread; default: all"
+        None,
+        gt=0,
+        description="gradients: blocks that are also walked back through, evenly spread; default: all, or with "
+        "`compress` the share that the method asks for",
     )
     dense_tokens: int = Field(
         2048, gt=1, description="tokens sent through every expert, with --collect dense or candidates"
@@ -232,7 +235,10 @@ class Comparison(_Running):
     test_samples: int = Field(64, gt=0, description="blocks of held-out text")
     test_seq_len: int = Field(512, gt=1, description="tokens in a block of these")
     gradient_samples: int | None = Field(
-        None, gt=0, description="gradients: blocks that are also walked back through, evenly spread; default: all"
+        None,
+        gt=0,
+        description="gradients: blocks that are also walked back through, evenly spread; default: all, or with "
+        "`compress` the share that the method asks for",
     )
     dense_tokens: int = Field(2048, gt=1, description="tokens sent through every expert, for methods that need it")
     base: str | None = Field(None, description="the checkpoint that this one was trained from, for router_norm_change")

@@ -43,6 +43,7 @@ _SHAPES = {
     "affine_out": "ERH",
     "affine_mean": "EH",
     "affine_gain": "ER",
+    "gradient_count": "E",
     "gradient_tokens": "",
     "gradient_down_gram": "EII",
     "attribution_sum": "E",

@@ -104,6 +104,7 @@ class ExpertStats:
 
     gradient_sq_sum: Any = optional("gradients")  # [E, I] sum d^2
     effect_sq_sum: Any = optional("gradients")  # [E, I] sum (h d)^2
+    gradient_count: Any = optional("gradients")  # [E] routes that d was seen of
 
     activation_gram: Any = optional("grams")  # [E, I, I] sum g^2 h h^T
     down_gram: Any = optional("grams", "same")  # [E, I, I] W^T W

@@ -42,7 +42,7 @@ class Gradients:
             )
         self._sums: torch.Tensor | None = None  # [2, E, I] float64
         self._gram_HH: torch.Tensor | None = None
-        self._tokens = 0
+        self._count_E, self._tokens = np.zeros(num_experts), 0
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -87,6 +87,7 @@ class Gradients:
                 effect = d * h_NI[start : start + count].double()
                 self._sums[0, expert] += d.square_().sum(0)
                 self._sums[1, expert] += effect.square_().sum(0)
+                self._count_E[expert] += count
                 start += count
 
     def _add_output(self, u_TH: torch.Tensor) -> None:
@@ -97,10 +98,10 @@ class Gradients:
         self._tokens += len(u_TH)
 
     def sums(self) -> dict[str, Any]:
-        """Return `gradient_sq_sum` and `effect_sq_sum`, `[E, I]` float64, and the grams; the layer is still there."""
+        """Return sums of squares `[E, I]` and routes `[E]`, float64, and the grams; the layer is still there."""
         assert self._sums is not None, "the layer was never run"
         gradient, effect = self._sums.cpu().numpy()
-        found: dict[str, Any] = {"gradient_sq_sum": gradient, "effect_sq_sum": effect}
+        found: dict[str, Any] = {"gradient_sq_sum": gradient, "effect_sq_sum": effect, "gradient_count": self._count_E}
         if self._gram_HH is None:
             return found
         gram_HH = self._gram_HH.float()

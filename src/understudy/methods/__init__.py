@@ -105,6 +105,8 @@ class Method:
         sequential: the paper takes a layer's statistics from the compressed layers before it; calibration does so when
             it is told the method and the ratio (`compress` and `compare` do).
         shrinks: it removes something, so that a ratio or a size says how much.
+        judge: says of a choice what there is to say once it is made.
+        gradients: share of the blocks that `compress` walks back through unless told otherwise.
         fades: in recovery the originals fade out instead of being gone from the start.
     """
 
@@ -122,6 +124,8 @@ class Method:
     mass: Mass = Mass()
     sequential: bool = False
     shrinks: bool = True
+    judge: Callable[[Problem, Choice], tuple[str, ...]] = lambda problem, choice: ()
+    gradients: float = 1.0
     fades: bool = False
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,10 +10,11 @@ from understudy.channel_scores import get_channel_score, score_channels
 from understudy.channel_scores.obs import OBS, OBS_PLAIN
 from understudy.entries import Entry
 from understudy.methods import Choice, Method, Problem
-from understudy.rungs import Rungs, beyond_least, rungs_of
+from understudy.rungs import beyond_least, rungs_of
 from understudy.selection import Channels, Widths, by_layer, by_rank, choose_widths
 
 CLASSES = 8  # widths in a layer: each is a set of matrix products of its own
+SHARE = 1 / 8  # of the blocks for gradients: a moment of each layer needs no more
 _CLOSE = 1 - 1e-9  # a ratio that is a whole number of experts but for rounding takes no further one
 
 
@@ -30,17 +29,19 @@ def ranked(problem: Problem, ratio: float, score: str) -> Choice:
         return _whole_experts(problem, scores, ratio, score)
     spread = by_layer if problem.settings.scope == "layer" else by_rank
     widths: Widths = spread(problem, scores, ratio, constant=True)
-    choice = choose_widths(problem, scores, widths, score, constant=True, refit=True, classes=CLASSES)
-    return replace(choice, notes=(*choice.notes, *beyond_note(rungs_of(problem, scores), choice.layers)))
+    return choose_widths(problem, scores, widths, score, constant=True, refit=True, classes=CLASSES)
 
 
-def beyond_note(rungs: Mapping[str, Rungs], layers: Mapping[str, Mapping[str, Entry]]) -> list[str]:
-    """Say how far a choice is from the best there could be."""
-    if not layers:
-        return []
-    return [
-        f"by its score it loses at most {beyond_least(rungs, layers):.1%} more than any choice of as many bytes must"
-    ]
+def judge(problem: Problem, choice: Choice, score: str, ranks: tuple[int, ...] = ()) -> tuple[str, ...]:
+    """Say how far a choice is from the best there could be; where each layer has its share, the farthest of them."""
+    if not choice.layers or problem.kind.name == "constant":
+        return ()
+    scores = score_channels(get_channel_score(score), problem.stats, problem.layers, problem.settings)
+    rungs = rungs_of(problem, scores, ranks)
+    parts = [{key: rungs[key]} for key in choice.layers] if problem.settings.scope == "layer" else [rungs]
+    most = max(beyond_least(part, {key: choice.layers[key] for key in part if key in choice.layers}) for part in parts)
+    each = " in each layer" if len(parts) > 1 else ""
+    return (f"by its score it loses at most {most:.1%} more than any choice of as many bytes{each} must",)
 
 
 def _whole_experts(problem: Problem, scores: Channels, ratio: float, score: str) -> Choice:
@@ -70,7 +71,9 @@ LADDER = Method(
     kinds=("slim", "constant"),
     scopes=("model", "layer"),
     choose=partial(ranked, score="obs"),
+    judge=partial(judge, score="obs"),
     needs=OBS.needs,
+    gradients=SHARE,
     paper="ours: neurons chosen by what remains after a refit (optimal brain surgeon), one budget",
 )
 LADDER_PLAIN = Method(
@@ -79,6 +82,7 @@ LADDER_PLAIN = Method(
     kinds=("slim", "constant"),
     scopes=("model", "layer"),
     choose=partial(ranked, score="obs_plain"),
+    judge=partial(judge, score="obs_plain"),
     needs=OBS_PLAIN.needs,
     paper="ours: ladder without gradients of the loss; squared errors of layers count alike",
 )

@@ -12,7 +12,7 @@ from understudy.channel_scores import get_channel_score, score_channels
 from understudy.channel_scores.obs import OBS
 from understudy.kinds import get_kind
 from understudy.methods import Choice, Method, Problem
-from understudy.methods.ladder import CLASSES, beyond_note
+from understudy.methods.ladder import CLASSES, SHARE, judge
 from understudy.rungs import Rungs, prices, rungs_of
 from understudy.selection import Channels, by_rank, choose_widths
 from understudy.sums import RANKS
@@ -57,7 +57,7 @@ def _together(problem: Problem, scores: Channels, ratio: float, score: str) -> C
         if key in maps or key in slim.layers
     }
     notes = [note for note in slim.notes if not layers or not note.startswith("the ratio")]
-    return replace(slim, layers=layers, notes=(*notes, *beyond_note(rungs, layers)))
+    return replace(slim, layers=layers, notes=tuple(notes))
 
 
 def _maps(problem: Problem, rungs: dict[str, Rungs], ratio: float) -> dict[str, dict[int, int]]:
@@ -95,6 +95,8 @@ LADDER_AFFINE = Method(
     kinds=("slim",),
     scopes=("model", "layer"),
     choose=partial(ranked, score="obs"),
+    judge=partial(judge, score="obs", ranks=RANKS_TRIED),
+    gradients=SHARE,
     needs=(*OBS.needs, "affine_gain", "affine_error", "affine_in", "affine_out", "affine_mean"),
     paper="ours: ladder, or affine maps of low rank by weighted reduced-rank regression, whichever loses less a byte",
 )

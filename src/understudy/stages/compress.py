@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -40,6 +41,7 @@ from understudy.tokens import load_tokenizer
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
+_FEW_BACK = 8  # blocks for gradients, or all that there are
 _OF_BOTH = ("main_k", "vectors", "renormalise")  # settings of the calibration and of the plan
 
 
@@ -188,6 +190,9 @@ def _collecting(calibration: Calibration, selection: Selection) -> Calibration:
         raise StatsError(f"method {method.name} needs --base MODEL, the checkpoint that this one was trained from")
     collect = tuple(group for group in EXTRA if group in groups or group in calibration.collect)
     update: dict[str, Any] = {"collect": collect}
+    if "gradients" in collect and calibration.gradient_samples is None and method.gradients < 1:
+        back = max(math.ceil(method.gradients * calibration.samples), _FEW_BACK)
+        update["gradient_samples"] = back if back < calibration.samples else None
     if selection.fit:  # vectors are fitted for what the plan will say
         update |= {name: getattr(selection, name) for name in _OF_BOTH}
     elif "modulation" not in collect:  # these flags were meant for the plan

@@ -84,7 +84,9 @@ def make_plan(
     for key, layer in layers.items():
         if reason := kind.refuses(layer):
             raise PlanError(f"layer {key}: {kind.name} is not possible: {reason}; use --kind constant")
-    choice = _chosen(method, Problem(stats, layers, settings, kind, scores, protected))
+    problem = Problem(stats, layers, settings, kind, scores, protected)
+    choice = _chosen(method, problem)
+    choice = replace(choice, notes=(*choice.notes, *method.judge(problem, choice)))
     refuse_touched(choice.layers, layers, protected, f"method {method.name}")
     if layers and lies_over(settings, method):
         choice = laid_over(choice, layers, settings)
