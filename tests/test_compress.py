@@ -281,12 +281,12 @@ def test_collects_what_the_method_needs(model: Path, data: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("method", "asked", "expected"), [("ladder", None, 8), ("heapr", None, None), ("ladder", 3, 3)]
+    ("method", "asked", "expected"), [("ladder", None, 4), ("heapr", None, None), ("ladder", 3, 3)]
 )
 def test_ladder_walks_back_through_a_share_of_the_blocks(
     method: str, asked: int | None, expected: int | None, model: Path, data: Path, tmp_path: Path
 ) -> None:
-    """An eighth, but no less than eight blocks, where nothing else is asked for; the published method through all."""
+    """An eighth, but no less than four blocks, where nothing else is asked for; the published method through all."""
     given = {} if asked is None else {"gradient_samples": asked}
     compress(model, tmp_path / "out", data=data, method=method, ratio=0.5, samples=12, seq_len=8, **given)
     assert load_stats(tmp_path / "out" / "understudy" / "stats.safetensors").data["gradient_samples"] == expected

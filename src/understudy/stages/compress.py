@@ -41,7 +41,7 @@ from understudy.tokens import load_tokenizer
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
-_FEW_BACK = 8  # blocks for gradients, or all that there are
+_FEW_BACK = 4  # blocks for gradients, or all that there are
 _OF_BOTH = ("main_k", "vectors", "renormalise")  # settings of the calibration and of the plan
 
 
