@@ -409,6 +409,32 @@ def test_each_layer_can_give_the_same_share(olmoe: tuple[Path, Stats]) -> None:
     assert len(set(freed("model"))) > 1
 
 
+@pytest.mark.parametrize("scope", ["model", "layer"])
+def test_a_plan_for_a_size_is_judged_once(
+    olmoe: tuple[Path, Stats], scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound is that of the plan that comes out, of the farthest layer where each gives the same share."""
+    from understudy.methods import ladder
+
+    asked, own = [], ladder.rungs_of
+    monkeypatch.setattr(ladder, "rungs_of", lambda *given: asked.append(given) or own(*given))
+    stats = olmoe[1]
+    size = stats.model.nbytes - stats.model.routed_bytes // 2
+    found = plan(stats, method="ladder", scope=scope, size=f"{size}B")
+    assert len(asked) == 1
+    problem = asked[0][0]
+    rungs = own(problem, asked[0][1])
+    parts = [[key] for key in rungs] if scope == "layer" else [list(rungs)]
+    layers = found.plan.layers
+    most = max(
+        ladder.beyond_least({key: rungs[key] for key in part}, {key: layers.get(key, {}) for key in part})
+        for part in parts
+    )
+    each = " in each layer" if scope == "layer" else ""
+    said = f"by its score it loses at most {most:.1%} more than any choice of as many bytes{each} must"
+    assert said in found.notes
+
+
 def test_compress_and_compare(tmp_path: Path) -> None:
     model, text = tiny.make_model(tmp_path / "model"), str(tiny.make_text(tmp_path))
     more = {"data": text, "samples": 6, "seq_len": 24}
