@@ -1,7 +1,7 @@
-"""What ladder costs: its statistics, its choice and its fit, against one plain calibration pass over the same tokens.
+"""What ladder costs: its statistics, its choice, its fit and repair, against a plain calibration pass over as many tokens.
 
     python benchmarks/fitting.py [--samples 32] [--seq-len 512] [--layers 16] [--methods A,B]
-                                 [--gradient-samples 8] [--work DIR]
+                                 [--gradient-samples 8] [--repair 8] [--work DIR]
 
 A random OLMoE in bfloat16, hidden 1024, 64 experts of width 512, top-8, run in float32. Prints seconds, how many times
 the plain pass they are, and the most that the process held.
@@ -23,10 +23,11 @@ from models import olmoe_config, write_random
 from understudy.contest import groups_of, read_entrants
 from understudy.data import Blocks
 from understudy.layout import model_facts
-from understudy.recipe import Calibration, Selection
+from understudy.recipe import Calibration, Selection, repairing
 from understudy.skeleton import Skeleton
 from understudy.stages.apply import apply
 from understudy.stages.calibrate import collect
+from understudy.stages.recover import recover
 from understudy.stages.select import make_plan
 from understudy.stats import Stats, load_stats
 
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--gradient-samples", type=int, help="blocks that are also walked back through; default: all")
+    parser.add_argument("--repair", type=int, help="rounds of a repair afterwards")
     parser.add_argument("--methods", default="ladder_plain,ladder")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "understudy-benchmark")
     args = parser.parse_args()
@@ -61,8 +63,8 @@ def main() -> None:
         f"{ids.size} tokens, {args.layers} layers, {torch.get_num_threads()} threads; plain calibration {plain:.1f} s"
     )
     print(
-        "| method | calibrate | plan | apply | together, x plain calibration | statistics | most held |\n"
-        + "|---" * 7
+        "| method | calibrate | plan | apply | together, x plain | statistics | most held | repair, x plain |\n"
+        + "|---" * 8
         + "|"
     )
     for name in args.methods.split(","):
@@ -80,9 +82,16 @@ def main() -> None:
         held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         total = (seconds + planned + applied) / plain
         size = file.stat().st_size
+        repaired = "-"
+        if args.repair:
+            begun = time.perf_counter()
+            shutil.rmtree(args.work / "repaired", ignore_errors=True)
+            settings = repairing(Calibration(seq_len=args.seq_len), 0, args.repair)
+            recover(out, args.work / "repaired", teacher=folder, settings=settings, blocks=blocks)
+            repaired = f"{(time.perf_counter() - begun) / plain:.1f}"
         print(
             f"| {name} | {seconds:.1f} s | {planned:.1f} s | {applied:.1f} s | {total:.2f} "
-            f"| {size / 1e9:.2f} GB | {held / 1e9:.2f} GB |",
+            f"| {size / 1e9:.2f} GB | {held / 1e9:.2f} GB | {repaired} |",
             flush=True,
         )
 

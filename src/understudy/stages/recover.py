@@ -122,7 +122,7 @@ class _Job:
         self._check_outline()
         if settings.seq_len > (limit := longest_sequence(self.student.config)):
             raise UnderstudyError(f"--seq-len {settings.seq_len} is more than the {limit} positions of {self.folder}")
-        tokenizer = load_tokenizer(self.folder, settings.trust_remote_code)
+        tokenizer = load_tokenizer(self.folder, settings.trust_remote_code) if blocks is None else None
         self.train_part, self.held_part = lessons_for(settings, tokenizer, blocks)
         self.work = work_folder(self.target) / self._key()
 
