@@ -1,4 +1,4 @@
-"""What ladder costs: its statistics, its choice, its fit and repair, against a plain calibration pass over as many tokens.
+"""What ladder costs: statistics, choice, fit and repair, against a plain calibration pass over the same tokens.
 
     python benchmarks/fitting.py [--samples 32] [--seq-len 512] [--layers 16] [--methods A,B]
                                  [--gradient-samples 8] [--repair 8] [--work DIR]
