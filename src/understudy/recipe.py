@@ -262,9 +262,13 @@ def _by_commas(value: Any) -> Any:
 
 
 def repairing(text: Calibration | Comparison, seed: int, rounds: int) -> Recovery:
-    """Return the settings that repair a model on the text that it was calibrated on."""
+    """Return the settings that repair a model on the text that it was calibrated on.
+
+    At least four blocks are held out, as one alone tells of one kind of text, but no more than a quarter.
+    """
+    held_out = min(max(4 / text.samples, Recovery.model_fields["held_out"].default), 0.25)
     same = {name: getattr(text, name) for name in ("seq_len", "device", "trust_remote_code")}
-    return Recovery(loss="repair", rounds=rounds, batch=text.batch_size, seed=seed, **same)
+    return Recovery(loss="repair", rounds=rounds, batch=text.batch_size, seed=seed, held_out=held_out, **same)
 
 
 T = TypeVar("T", bound=_Settings)
