@@ -244,10 +244,14 @@ def test_compress_goes_on_where_the_repair_was_killed(made: Made, tmp_path: Path
     assert beside(tmp_path / "out") == {"whole"}
 
 
-@pytest.mark.parametrize(("value", "match"), [(-1, "--repair -1 is below 0")])
-def test_compress_refuses(made: Made, tmp_path: Path, value: int, match: str) -> None:
-    with pytest.raises(UnderstudyError, match=match):
-        understudy.compress(made.model, tmp_path / "out", data=made.text, repair=value, **GO)
+def test_compress_refuses(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnderstudyError, match="--repair -1 is below 0"):
+        understudy.compress(made.model, tmp_path / "out", data=made.text, repair=-1, **GO)
+    with pytest.raises(PlanError, match="block_drop leaves some out"):
+        understudy.compress(made.model, tmp_path / "out", method="block_drop", ratio=0.5, repair=2, **GO)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UnderstudyError, match="--repair runs in one process"):
+        understudy.compress(made.model, tmp_path / "out", data=made.text, repair=2, **GO)
 
 
 def test_compare_repairs_who_asks_for_it(made: Made, tmp_path: Path) -> None:

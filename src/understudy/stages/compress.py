@@ -19,10 +19,11 @@ from understudy._version import __version__
 from understudy.card import Card, commands, read_card
 from understudy.checkpoint import resolve
 from understudy.data import Blocks, token_blocks
-from understudy.errors import OutputError, StatsError, UnderstudyError, reason
+from understudy.errors import OutputError, PlanError, StatsError, UnderstudyError, reason
 from understudy.facts import ModelFacts, format_bytes, parse_bytes
 from understudy.held import free_target, held, work_folder
 from understudy.kinds import get_kind
+from understudy.kinds.block_drop import BLOCK_DROP
 from understudy.methods import get_method
 from understudy.processes import join_processes
 from understudy.ranking import planning_needs
@@ -110,6 +111,8 @@ def compress(
         raise UnderstudyError(f"--repair {repair} is below 0; give rounds, or leave it out")
     if repair and int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UnderstudyError("--repair runs in one process; start it without torchrun")
+    if repair and check_settings(selection)[1].name == BLOCK_DROP.name:
+        raise PlanError("--repair follows every decoder layer of the original, and block_drop leaves some out")
     target = free_target(out)
     calibration = _collecting(calibration, selection)
     found = inspect(model, trust_remote_code=calibration.trust_remote_code)
