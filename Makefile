@@ -13,7 +13,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 # Nothing here may need the network; and models this small are slower with more than one thread a process, much slower
 # where other programs want the cores, too. MKL gives the same bits for the same numbers wherever they lie in memory only
-# if it is told to, and wider vectors than these leave some numbers to other code at the ends of rows; the tests compare bits.
+# if it is told to, and wider vectors than these leave some numbers to other code at the ends of rows; the tests compare
+# bits.
 SMALL := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1
 TEST := $(SMALL) MKL_CBWR=AVX2,STRICT ATEN_CPU_CAPABILITY=avx2 $(RUN) pytest -n $(JOBS) --dist worksteal
 

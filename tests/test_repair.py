@@ -184,6 +184,8 @@ def test_what_has_no_effect_is_refused(made: Made, cut: Path, tmp_path: Path) ->
     for name, value in (("lr", 1e-3), ("steps", 3), ("train_what", "all"), ("dtype", "bfloat16"), ("rank", 4)):
         with pytest.raises(UnderstudyError, match=f"--{name.replace('_', '-')} has no effect with --loss repair"):
             understudy.recover(cut, tmp_path / "out", teacher=made.model, train=made.text, **REPAIR | {name: value})
+    with pytest.raises(UnderstudyError, match="--rounds has no effect without --loss repair"):
+        understudy.recover(cut, tmp_path / "out", train=made.text, rounds=3, seq_len=16)
     with pytest.raises(UnderstudyError, match="--teacher: --loss repair distils"):
         understudy.recover(cut, tmp_path / "out", train=made.text, **REPAIR)
     assert not (tmp_path / "out").exists()

@@ -107,6 +107,8 @@ class _Job:
         self.plan = _plan_of(self.folder)
         gone = [key for key, kinds in self.plan.layers.items() if "condense" in kinds] if self.plan else []
         self.condensed = trainable.condensed_blocks(self.student.model, self.student.layers, gone)
+        if settings.loss != "repair" and settings.rounds != Recovery.model_fields["rounds"].default:
+            raise UnderstudyError("--rounds has no effect without --loss repair; leave it out")
         self.layerwise = settings.loss in ("layers", "repair")
         usual = trainable.usual(self.student.model, self.student.layers, self.condensed)
         self.what = trainable.in_layers(settings, usual) if self.layerwise else settings.train_what or usual

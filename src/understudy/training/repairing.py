@@ -74,7 +74,7 @@ def repair(layer: OneLayer, parameters: Vectors, rounds: int, seed: int) -> list
         for name in found:
             found[name] += step * ahead[name]
             left[name] -= step * moved[name]
-        # the error falls by x^T b - ... : with the residual r = b - M x it is e - x^T b - x^T r
+        # e - 2 x^T b + x^T M x, where M x = b - r with what is left, r
         loss = (error - _dot(found, rhs) - _dot(found, left)) / adds
         if not math.isfinite(loss):
             raise NumericError(f"decoder layer {layer.index}: what is to be solved is not finite; check its weights")
