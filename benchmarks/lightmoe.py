@@ -92,12 +92,14 @@ class Bench:
             for share in (0.5, 0.3, 0.4):
                 yield Cell(task, "lightmoe", share, self.end(task, share), seed)
             yield Cell(task, "lightmoe", 0.5, 0.0, seed)
-            for method in ("replace_shared", "mc_smoe"):
+            for method in ("replace_shared", "mc_smoe", "replace_adapters"):
                 yield Cell(task, method, 0.5, 0.0, seed)
+        for task in self.tasks:
+            yield Cell(task, "replace_adapters", 0.5, 0.0, first)
         for seed, task, share in itertools.product(later, self.tasks, (0.3, 0.4)):
             for method in ("lightmoe", "replace_shared", "mc_smoe"):
                 yield Cell(task, method, share, 0.0, seed)
-        for seed, share, task in itertools.product(self.a.seeds, SHARES[::-1], self.tasks):
+        for seed, share, task in itertools.product(self.a.seeds, (0.4, 0.3), self.tasks):
             yield Cell(task, "replace_adapters", share, 0.0, seed)
 
     def end(self, task: str, share: float) -> float:

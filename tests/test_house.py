@@ -20,7 +20,7 @@ FLOORS = [
     # the model: find, observe, stream, read and write
     "moe absent experts channels collection collectors backward removal loading skeleton "
     "stacking layout walk activations tap weights checkpoint shards cut data sources tokens "
-    "processes runtime quality examples harness sizes speed card grouped adapters bases modulated training "
+    "processes runtime quality examples harness sizes speed card grouped adapters bases modulated training layerwise "
     "full_size unrouted folding dense fitting refit affine affine_fit seam",
     # what is known from the field, a file each
     "methods scores channel_scores kinds overlay budgets grouping merging regrouping ranking protection selection "

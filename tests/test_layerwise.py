@@ -204,7 +204,7 @@ def test_another_model_is_refused_as_teacher(made: Made, cut: Path, tmp_path: Pa
 def test_numbers_that_are_none_are_said_with_their_layer(
     made: Made, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from understudy.training.onelayer import OneLayer
+    from understudy.layerwise.onelayer import OneLayer
 
     real = OneLayer.squares
 

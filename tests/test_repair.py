@@ -18,8 +18,8 @@ from small import beside, hashes, text_file
 from test_recover import KINDS, Made
 from understudy.data import token_blocks
 from understudy.errors import NumericError, PlanError, UnderstudyError
+from understudy.layerwise import repairing
 from understudy.tokens import load_tokenizer
-from understudy.training import repairing
 from understudy.training.lessons import lessons
 
 REPAIR = {"loss": "repair", "rounds": 6, "batch": 48, "seq_len": 16, "held_out": 0.1, "device": "cpu"}

@@ -254,7 +254,7 @@ class _Job:
 
     def _layer_by_layer(self, folder: Path) -> tuple[Run, dict[str, Any]]:
         """Train one layer in memory at a time, and return what was trained."""
-        from understudy.training.layerwise import What, train_layers
+        from understudy.layerwise.train import What, train_layers
 
         assert self.teacher is not None
         device = str(pick_device(self.settings.device))

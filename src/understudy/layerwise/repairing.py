@@ -28,7 +28,7 @@ from torch import Tensor
 from understudy.activations import ActivationStore
 from understudy.errors import NumericError
 from understudy.facts import parse_bytes
-from understudy.training.onelayer import OneLayer
+from understudy.layerwise.onelayer import OneLayer
 
 RIDGE = 1e-2  # over the diagonal
 _LEAST = 1e-6  # of the mean diagonal, added for what is hardly ever used

@@ -29,15 +29,15 @@ from torch import Tensor
 from understudy.activations import ActivationStore
 from understudy.errors import OutputError, UnderstudyError, reason
 from understudy.facts import parse_bytes
+from understudy.layerwise.descent import descend
+from understudy.layerwise.onelayer import OneLayer
+from understudy.layerwise.repairing import repair
 from understudy.recipe import Recovery
 from understudy.skeleton import Skeleton
 from understudy.training import trainable
-from understudy.training.descent import descend
 from understudy.training.lessons import Lessons
 from understudy.training.loop import Run, batches, peak_of, reset_peak
 from understudy.training.losses import distillation_loss, lm_loss
-from understudy.training.onelayer import OneLayer
-from understudy.training.repairing import repair
 from understudy.walk import Walk
 
 Progress = Callable[[str, int, int], None]

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from understudy.errors import NumericError
+from understudy.layerwise.onelayer import OneLayer
 from understudy.recipe import Recovery
-from understudy.training.onelayer import OneLayer
 
 
 def descend(
