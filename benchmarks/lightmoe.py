@@ -5,7 +5,8 @@ For each task, text to train on, held-out text and an lm-eval task:
     python benchmarks/lightmoe.py MODEL --task NAME,TRAIN,TEST,LM_EVAL_TASK [--task ...] --include-path DIR --out DIR
 
 Rows: the original, LoRA on it (peft), LightMoE at several shares of the whole model's parameters, what its paper calls
-direct replacing (one base a layer, and none), and MC-SMoE with LoRA. The end ratio of LightMoE's annealing is chosen
+direct replacing (one base a layer, and none), and MC-SMoE with LoRA; last, LightMoE whose low-rank parts start as what
+the bases lack (`residual`, not in the paper). The end ratio of LightMoE's annealing is chosen
 for each share on the held-out part of the training text, with the first seed; 0 is in the table beside it. What is done
 is kept in `DIR/runs.jsonl`, and a later call goes on from there; several processes may work on one folder. The runs
 that the paper's claims rest on (LoRA and LightMoE at 30%, everything at 50%) come first.
@@ -94,12 +95,15 @@ class Bench:
             yield Cell(task, "lightmoe", 0.5, 0.0, seed)
             for method in ("replace_shared", "mc_smoe", "replace_adapters"):
                 yield Cell(task, method, 0.5, 0.0, seed)
-        for task in self.tasks:
-            yield Cell(task, "replace_adapters", 0.5, 0.0, first)
+        for method, task in itertools.product(("replace_adapters", "residual"), self.tasks):
+            yield Cell(task, method, 0.5, 0.0, first)
         for seed, task, share in itertools.product(later, self.tasks, (0.3, 0.4)):
             for method in ("lightmoe", "replace_shared", "mc_smoe"):
                 yield Cell(task, method, share, 0.0, seed)
+        for seed, task in itertools.product(later, self.tasks):
+            yield Cell(task, "residual", 0.5, 0.0, seed)
         for seed, share, task in itertools.product(self.a.seeds, (0.4, 0.3), self.tasks):
+            yield Cell(task, "residual", share, 0.0, seed)
             yield Cell(task, "replace_adapters", share, 0.0, seed)
 
     def end(self, task: str, share: float) -> float:
@@ -136,9 +140,9 @@ class Bench:
             held, trained = self._lora(start, Recovery(**common), work)
         else:
             grid = ENDS if cell.end == CHOOSE else (cell.end,)
-            ends = {"end_ratio": grid} if cell.method == "lightmoe" else {}
+            ends = {"end_ratio": grid} if cell.method == "lightmoe" else {}  # the others do not fade by themselves
             teacher = self.model if cell.end else None
-            rank = {} if cell.method == "lightmoe" else {"rank": self._rank_of(cell.method)}
+            rank = {"rank": self._rank_of(cell.method)}  # of the experts that stay
             found = understudy.recover(start, work / "recovered", teacher=teacher, **common, **ends, **rank)
             best = found.runs[found.chosen]
             held, trained = best["held_out"], found.trained
@@ -157,9 +161,12 @@ class Bench:
         options: dict[str, Any] = {"seed": cell.seed}
         if cell.method != "mc_smoe":
             options["rank"] = self._rank_of(cell.method)
-        if cell.method == "lightmoe":
+        if cell.method in ("lightmoe", "residual"):
             options["bases"] = BASES
-        plan = understudy.plan(stats, method=cell.method, model_ratio=cell.share, **options)
+        if cell.method == "residual":
+            options["start"] = "residual"
+        method = "lightmoe" if cell.method == "residual" else cell.method
+        plan = understudy.plan(stats, method=method, model_ratio=cell.share, **options)
         understudy.apply(self.model, plan.plan, work / "cut", stats=stats)
         return work / "cut"
 
@@ -168,6 +175,7 @@ class Bench:
         experts, each, thin = self._sizes()
         return {
             "lightmoe": RANK,
+            "residual": RANK,
             "replace_shared": round((self._budget() - each * self._layers()) / (experts * thin)),
             "replace_adapters": round(self._budget() / (experts * thin)),
         }[method]
@@ -231,7 +239,7 @@ class Bench:
         rows = [("original", 0.0, False), ("lora", 0.0, False)]
         for share in SHARES:
             rows += [(method, share, False) for method in ("mc_smoe", "replace_adapters", "replace_shared")]
-            rows += [("lightmoe", share, True), ("lightmoe", share, False)]
+            rows += [("lightmoe", share, True), ("lightmoe", share, False), ("residual", share, False)]
         for method, share, chosen in rows:
             cells, scores, sizes, trained = [], [], [], []
             for task in self.tasks:

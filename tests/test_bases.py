@@ -12,7 +12,8 @@ from torch import Tensor
 
 import zoo
 from slow_bases import FAMILIES, GROUPS, MIXED, OWN_LOOPS, Layer, gradients, randomise, shared
-from understudy.channels import sliced
+from understudy.adapters import best_of_rank
+from understudy.channels import channel_views, sliced
 from understudy.experts import StandInExperts, install
 from understudy.moe import find_moe_layers
 from understudy.training.fading import set_beta
@@ -237,6 +238,36 @@ def test_without_bases(model_type: str) -> None:
     check(layer, cut, *layer.routes())
     cut = layer.cut({0: shared(None), 3: shared(None)}, beta=0.4, kept_rank=2)
     check(layer, cut, *layer.routes())
+
+
+@pytest.mark.parametrize("model_type", ["olmoe", "gpt_oss", "nemotron_h", "muse_spark"])
+@pytest.mark.parametrize("rank", [1, 3, 12])
+def test_the_best_of_a_rank(model_type: str, rank: int) -> None:
+    """Parts are the truncated singular value decomposition of an expert, or of what a base lacks of it."""
+    layer = Layer(model_type)
+    cut = layer.cut(GROUPS)
+    with torch.no_grad():
+        for part in cut.bases.adapters.parameters():
+            part.zero_()
+    for base in (None, (cut.bases, 1)):
+        parts = best_of_rank(layer.whole, 4, rank, base)
+        for role, view in channel_views(layer.whole).items():
+            if role in ("gate", "up", "down"):
+                weight = view[4] if base is None else view[4] - channel_views(cut.bases)[role][1]
+                u, s, v = torch.linalg.svd((weight.T if role == "down" else weight).double(), full_matrices=False)
+                a, b = parts[role]
+                expected = u[:, :rank] * s[:rank] @ v[:rank]
+                assert torch.allclose((b @ a).double(), expected, atol=1e-5 * float(s[0]))
+                assert torch.allclose(a.norm(dim=1).double(), s[:rank].sqrt(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_best_of_a_rank_of_nothing() -> None:
+    layer = Layer("olmoe")
+    cut = layer.cut(GROUPS)
+    for a, b in best_of_rank(cut.bases, 1, 3, (cut.bases, 1)).values():
+        assert a.isfinite().all()
+        assert b.isfinite().all()
+        assert not (b @ a).any()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

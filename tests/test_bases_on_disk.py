@@ -46,8 +46,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], SimpleN
     return made
 
 
+BEST = {"no base": {"rank": 4, "base": False}, "residual": {"rank": 4, "start": "residual"}}  # best of that rank
+
+
+def having(plan: Plan, how: dict[str, Any]) -> Plan:
+    return plan.model_copy(update={"how": {"shared_base": how}})
+
+
 def without_base(plan: Plan) -> Plan:
-    return plan.model_copy(update={"how": {"shared_base": {"rank": 4, "base": False}}})
+    return having(plan, BEST["no base"])
 
 
 @torch.no_grad()
@@ -55,25 +62,35 @@ def logits(folder: Path, model_type: str) -> torch.Tensor:
     return load(folder, model_type)(input_ids=IDS, use_cache=False).logits
 
 
+@pytest.mark.parametrize("how", BEST)
 @pytest.mark.parametrize("model_type", ["olmoe", "gpt_oss", "nemotron_h", "qwen3_vl_moe"])
-def test_without_a_base(model_type: str, sources: Callable[[str], SimpleNamespace]) -> None:
-    """Low-rank parts alone: the best of that rank, read as they were written, and what a stock loader reads."""
+def test_best_of_a_rank(model_type: str, how: str, sources: Callable[[str], SimpleNamespace]) -> None:
+    """Low-rank parts, alone or on a base, are the best of that rank: as written, and as a stock loader reads them."""
     source = sources(model_type)
-    plan, out, full = without_base(source.plan), source.root / "thin", source.root / "thin-full"
+    plan, out, full = (having(source.plan, BEST[how]), *(source.root / f"{how}-{end}" for end in ("thin", "full")))
     applied = apply(source.folder, plan, out, stats=source.stats)
     assert applied.nbytes < source.stats.model.nbytes
     got, whole = logits(out, model_type), load(source.folder, model_type)
     with masked(whole, plan, source.stats), torch.no_grad():
         assert close(got, whole(input_ids=IDS, use_cache=False).logits)
     assert close(walked(planned(Skeleton(source.folder), plan, source.stats), IDS), got)
-    load(out, model_type).save_pretrained(source.root / "thin-again")
-    assert torch.equal(logits(source.root / "thin-again", model_type), got)
+    load(out, model_type).save_pretrained(source.root / f"{how}-again")
+    assert torch.equal(logits(source.root / f"{how}-again", model_type), got)
     assert apply(source.folder, plan, full, stats=source.stats, materialise=True).at_full_size
     with without_understudy():
         assert close(logits(full, model_type), got)
         with pytest.raises((RuntimeError, ValueError, KeyError, AttributeError)):
             load(out, model_type)
     assert not close(logits(source.folder, model_type), got)
+
+
+@pytest.mark.parametrize("model_type", ["olmoe", "qwen3_vl_moe"])
+def test_a_residual_of_full_rank_is_the_original(model_type: str, sources: Callable[[str], SimpleNamespace]) -> None:
+    source = sources(model_type)
+    layer = source.stats.model.layers[source.first]
+    plan = having(source.plan, {"rank": min(layer.hidden, layer.width), "start": "residual"})
+    out = apply(source.folder, plan, source.root / "full-rank", stats=source.stats).folder
+    assert close(logits(out, model_type), logits(source.folder, model_type))
 
 
 @pytest.mark.parametrize("model_type", ["olmoe", "gpt_oss", "qwen3_vl_moe"])

@@ -289,6 +289,18 @@ def test_the_baselines_have_one_group() -> None:
     assert chosen(planned(stats, "replace_shared", ratio=0.2).plan) == chosen(planned(stats, ratio=0.2, bases=1).plan)
 
 
+def test_a_residual_start_changes_what_experts_become_alone() -> None:
+    stats, _ = toy()
+    for method in ("lightmoe", "replace_shared"):
+        near, far = (planned(stats, method, ratio=0.2, start=start).plan for start in ("residual", "zero"))
+        assert near.how == {"shared_base": {"rank": RANK, "start": "residual"}}
+        assert near.layers == far.layers
+    with pytest.raises(PlanError, match="start of shared_base is zero or residual, not 'near'"):
+        SHARED_BASE.having({"start": "near"})
+    with pytest.raises(UnderstudyError, match="--start has no effect on method replace_adapters"):
+        planned(stats, "replace_adapters", ratio=0.2, start="residual")
+
+
 def test_fewer_experts_than_bases_are_a_group_each() -> None:
     stats, _ = toy()
     layer = stats.layers["0"]

@@ -62,6 +62,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "low_rank": ({"low_rank": {0: 4, 1: 2, 3: 4}}, {}),
     "shared_base": ({"shared_base": [[0, 1], [2, 3, 4]]}, {"shared_base": {"rank": 3}}),
     "adapters": ({"shared_base": [[0, 1, 2]]}, {"shared_base": {"rank": 3, "base": False}}),
+    "residual": ({"shared_base": [[0, 1], [2, 3, 4]]}, {"shared_base": {"rank": 3, "start": "residual"}}),
     "several": (
         {"constant": [5], "slim": {6: 8}, "merge": [[0, 1]], "shared_base": [[2, 3]], "low_rank": {4: 3}},
         {"shared_base": {"rank": 2}},
@@ -278,6 +279,14 @@ def test_refused_in_one_line(made: Made, cut: Path, tmp_path: Path, name: str) -
         understudy.recover(cut, tmp_path / "out", **options)
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_starts_near_its_originals_does_not_fade(made: Made, tmp_path: Path) -> None:
+    near = made.cut("near", {"shared_base": [[0, 1], [2, 3, 4]]}, shared_base={"rank": 3, "start": "residual"})
+    with pytest.raises(UnderstudyError, match="--end-ratio has no effect: what shares bases starts near its originals"):
+        understudy.recover(near, tmp_path / "out", teacher=made.model, train=made.text, end_ratio=(0.2,), **HOW)
+    found = understudy.recover(near, tmp_path / "out", train=made.text, **HOW)
+    assert [run["end_ratio"] for run in found.runs] == [0.0]
 
 
 def test_what_has_no_effect_is_refused(made: Made, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from understudy.channels import channel_views, channel_width, projections, rest, set_rest, sliced
+from understudy.channels import channel_views, channel_width, projections, rest, run_first, set_rest, sliced
 from understudy.grouped import Picks, thin
 
 _Thin = dict[str, tuple[Tensor, Tensor]]  # A and B by role
@@ -110,33 +110,52 @@ def hidden_size(experts: Any) -> int:
     return int(channel_views(experts)["down"].shape[2])
 
 
-def best_of_rank(experts: Any, expert: int, rank: int) -> _Thin:
-    """Approximate each matrix of an expert by one of a rank, with the least squared error: B A from the largest
-    singular values, their roots on both sides."""
-    found = {}
+@torch.no_grad()
+def best_of_rank(experts: Any, expert: int, rank: int, base: tuple[Any, int] | None = None) -> _Thin:
+    """Approximate each matrix of an expert by one of a rank, with the least squared error; or what a base lacks of it.
+
+    B A from the largest singular values, their roots on both sides. The vectors come from an eigendecomposition of
+    W W^T or W^T W, whichever is smaller, which takes a quarter of the time; to project onto them loses no precision.
+
+    Args:
+        experts: the live module that holds the expert.
+        expert: its row.
+        rank: r.
+        base: a module of the same family and the row in it whose weights the parts are added to.
+    """
+    found, bases = {}, {} if base is None else channel_views(base[0])
     for role, view in channel_views(experts).items():
         if role in ("gate", "up", "down"):
-            weight = view[expert].float().T if role == "down" else view[expert].float()
-            u, s, v = torch.linalg.svd(weight, full_matrices=False)
-            root = s[:rank].sqrt()
-            found[role] = (root[:, None] * v[:rank], u[:, :rank] * root)
+            weight = view[expert].float()
+            if base is not None:
+                weight = weight - bases[role][base[1]].float()
+            weight = weight.T if role == "down" else weight
+            wide = weight.shape[0] <= weight.shape[1]
+            lying = weight if wide else weight.T
+            vectors = torch.linalg.eigh(lying @ lying.T)[1][:, -rank:].flip(1)
+            along = vectors.T @ lying
+            root = along.norm(dim=1).clamp(min=1e-30).sqrt()
+            inner, outer = along / root[:, None], vectors * root
+            found[role] = (inner, outer) if wide else (outer.T, inner.T)
     return found
 
 
-def run_low_rank(experts: Any, expert: int, rank: int, hidden: Tensor) -> Tensor:
-    """Return what an expert answers tokens `[n, H]` whose matrices are the best of a rank, without biases: `[n, H]`
-    float32. The family's own module runs, its weights overwritten."""
-    with torch.no_grad():
-        alone = sliced(experts, [expert], torch.arange(channel_width(experts))[None])
-        parts = best_of_rank(experts, expert, rank)
-        for role, view in channel_views(alone).items():
-            if role in parts:
-                a, b = (part.to(alone.down_proj.dtype).float() for part in parts[role])
-                view[0].copy_((b @ a).T if role == "down" else b @ a)
-            else:
-                view[0].zero_()
+@torch.no_grad()
+def run_low_rank(experts: Any, expert: int, rank: int, hidden: Tensor, base: tuple[Any, int] | None = None) -> Tensor:
+    """Return what an expert answers tokens `[n, H]` whose matrices are the best of a rank, or a base's with what is
+    best of that rank added to them: `[n, H]` float32. Without a base there are no biases.
+
+    The family's own module runs, its weights overwritten.
+    """
+    lead, row = base or (experts, expert)
+    alone = sliced(lead, [row], torch.arange(channel_width(lead))[None])
+    parts = best_of_rank(experts, expert, rank, base)
+    if base is None:
+        for view in channel_views(alone).values():
+            view[0].zero_()
         set_rest(alone, 0, torch.zeros_like(rest(alone, 0)))
-        tokens = hidden.to(alone.down_proj.dtype)
-        first = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
-        answer: Tensor = alone(tokens, first, torch.ones_like(first, dtype=tokens.dtype))
-    return answer.float()
+    for role, view in channel_views(alone).items():
+        if role in parts:
+            a, b = (part.to(alone.down_proj.dtype).float() for part in parts[role])
+            view[0].copy_(view[0].float() + ((b @ a).T if role == "down" else b @ a))
+    return run_first(alone, hidden)

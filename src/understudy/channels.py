@@ -186,6 +186,15 @@ def sliced(experts: Any, ids: Sequence[int], channels: Tensor) -> Any:
     return made
 
 
+@torch.no_grad()
+def run_first(experts: Any, hidden: Tensor) -> Tensor:
+    """Return what the first expert of a module answers tokens `[n, H]`, before any gate: `[n, H]` float32."""
+    tokens = hidden.to(experts.down_proj.dtype)
+    first = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
+    answer: Tensor = experts(tokens, first, torch.ones_like(first, dtype=tokens.dtype))
+    return answer.float()
+
+
 @functools.cache
 def _aligned(cls: type) -> type:
     if issubclass(cls, AlignedExperts):

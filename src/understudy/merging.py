@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from understudy.channels import channel_width, neurons, rest, set_neurons, set_rest, sliced
+from understudy.channels import channel_width, neurons, rest, run_first, set_neurons, set_rest, sliced
 
 
 def merged(
@@ -89,17 +89,18 @@ def run_merged(
     hidden: Tensor,
     activations: Tensor | None = None,
 ) -> Tensor:
-    """Return what the merged expert answers tokens `[n, H]`, before any gate: `[n, H]` float32.
+    """Return what the merged expert answers tokens `[n, H]`, before any gate: `[n, H]` float32."""
+    return run_first(merged_alone(experts, group, shares, align, activations), hidden)
 
-    The family's own module runs, cut to the dominant, whose weights are overwritten in the dtype they are stored in.
-    """
-    with torch.no_grad():
-        everything = torch.arange(channel_width(experts))[None]
-        alone = sliced(experts, [group[0]], everything)
-        of_neurons, of_rest = merged(experts, group, shares, align, activations)
-        set_neurons(alone, 0, of_neurons)
-        set_rest(alone, 0, of_rest)
-        tokens = hidden.to(alone.down_proj.dtype)
-        first = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
-        answer: Tensor = alone(tokens, first, torch.ones_like(first, dtype=tokens.dtype))
-    return answer.float()
+
+@torch.no_grad()
+def merged_alone(
+    experts: Any, group: Sequence[int], shares: Sequence[float], align: str, activations: Tensor | None = None
+) -> Any:
+    """Return the family's own module, cut to the dominant, its weights overwritten in the dtype they are stored in."""
+    everything = torch.arange(channel_width(experts))[None]
+    alone = sliced(experts, [group[0]], everything)
+    of_neurons, of_rest = merged(experts, group, shares, align, activations)
+    set_neurons(alone, 0, of_neurons)
+    set_rest(alone, 0, of_rest)
+    return alone

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from understudy.errors import UnderstudyError
 
 Scope = Literal["layer", "model", "mass"]
+Start = Literal["zero", "residual"]  # of low-rank parts on a base
 Extra = Literal["sets", "subsets", "dense", "candidates", "channels", "grams", "gradients", "modulation", "low_rank"]
 _SPEC = (
     "text: a file, .jsonl[.xz|.gz|.zst][:field], folder or hf:name[config]:split:field, with =WEIGHT if wanted; "
@@ -110,6 +111,9 @@ class Selection(_Settings):
     )
     bases: int = Field(3, gt=0, description="lightmoe: groups of replaced experts in a layer, each with one base")
     rank: int = Field(16, gt=0, description="lightmoe: rank of what each replaced expert adds to its base")
+    start: Start = Field(
+        "zero", description="lightmoe: what is added to a base starts as nothing, or as the best of what the base lacks"
+    )
     grouping: Literal["dominants", "kmeans"] = Field(
         "dominants", description="lightmoe: by likeness to the strongest of the replaced experts, or by clustering"
     )

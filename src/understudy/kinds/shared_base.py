@@ -1,13 +1,14 @@
 """`shared_base`: the experts of a group share one base, their weighted mean, and each adds low-rank parts of its own.
 
 Source: LightMoE (arXiv 2603.12645), METHODS 1.4 and 1.5; which experts form a group is up to a method. Until they are
-trained the low-rank parts add nothing: `recover` makes them useful.
+trained the paper's low-rank parts add nothing: `recover` makes them useful. With a residual start (not of the paper)
+they are the best of their rank that the base lacks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from understudy.entries import Entry, ids_of
 from understudy.errors import PlanError
 from understudy.facts import LayerFacts
 from understudy.kinds import Kind
+from understudy.recipe import Start
 from understudy.standins import SHARED, StandIn
 from understudy.stats import ExpertStats
 
@@ -34,6 +36,7 @@ class SharedBase(Kind):
         rank: r.
         base: false leaves W out: the low-rank parts alone, which then start as the best approximation of the expert of
             that rank (zeros would never learn).
+        start: `residual` lets B A start as the best approximation of W_n - W of that rank. Then nothing can fade out.
         seed: of A.
     """
 
@@ -43,8 +46,8 @@ class SharedBase(Kind):
     losers = False
     form = "groups"
 
-    def __init__(self, rank: int = RANK, base: bool = True, seed: int = 0) -> None:
-        self.rank, self.base, self.seed = rank, base, seed
+    def __init__(self, rank: int = RANK, base: bool = True, start: Start = "zero", seed: int = 0) -> None:
+        self.rank, self.base, self.start, self.seed = rank, base, start, seed
         if not base:
             self.unseen = "become parts of low rank like the others"
 
@@ -60,14 +63,18 @@ class SharedBase(Kind):
             PlanError: a setting that there is not, or a value that it cannot have.
         """
         for name, value in how.items():
-            if name not in ("rank", "base", "seed"):
-                raise PlanError(f"how: shared_base has no setting {name!r}; it has rank, base and seed")
+            if name not in ("rank", "base", "start", "seed"):
+                raise PlanError(f"how: shared_base has no setting {name!r}; it has rank, base, start and seed")
+            if name == "start":
+                if value not in get_args(Start):
+                    raise PlanError(f"how: start of shared_base is {' or '.join(get_args(Start))}, not {value!r}")
+                continue
             if name == "base" and not isinstance(value, bool):
                 raise PlanError(f"how: base of shared_base is true or false, not {value!r}")
             least = 1 if name == "rank" else 0
             if name != "base" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise PlanError(f"how: {name} of shared_base is a whole number of at least {least}, not {value!r}")
-        return SharedBase(**{"rank": self.rank, "base": self.base, "seed": self.seed, **how})
+        return SharedBase(**{"rank": self.rank, "base": self.base, "start": self.start, "seed": self.seed, **how})
 
     def stored_bytes(self, layer: LayerFacts, entry: Entry) -> int:
         """Return the bytes of one expert for each group, and of the low-rank parts (LightMoE, eq. 5)."""
@@ -137,23 +144,31 @@ class SharedBase(Kind):
             of_neurons, of_rest = merged(source, group, _shares(group, stats), "none", None)
             set_neurons(bases, bases.base_row(group[0]), of_neurons)
             set_rest(bases, bases.base_row(group[0]), of_rest)
-        bases.adapters.reset(torch.Generator().manual_seed(kind.seed))
+        if kind.start == "zero":
+            bases.adapters.reset(torch.Generator().manual_seed(kind.seed))
+            return
+        for row, (expert, base) in enumerate(zip(bases.replaced, bases.groups, strict=True)):
+            bases.adapters.set_row(row, best_of_rank(source, expert, kind.rank, (bases, base)))
 
     def reference(
         self, source: Any, hidden: Tensor, expert: int, entry: Entry, how: Mapping[str, Any], stats: ExpertStats | None
     ) -> Tensor:
         """Return what an expert with the weights of its group's base answers tokens `[n, H]`: `[n, H]` float32.
 
-        Without a base, what one answers whose matrices are the best of that rank.
+        Without a base, what one answers whose matrices are the best of that rank; with a residual start, those of the
+        base with the best of that rank added.
         """
         from understudy.adapters import run_low_rank
-        from understudy.merging import run_merged
+        from understudy.merging import merged_alone, run_merged
 
         kind = self.having(how)
         if not kind.base:
             return run_low_rank(source, expert, kind.rank, hidden)
         group = next(group for group in _groups(entry) if expert in group)
-        return run_merged(source, group, _shares(group, stats), "none", hidden, None)
+        shares = _shares(group, stats)
+        if kind.start == "residual":
+            return run_low_rank(source, expert, kind.rank, hidden, (merged_alone(source, group, shares, "none"), 0))
+        return run_merged(source, group, shares, "none", hidden)
 
 
 def _shares(group: tuple[int, ...], stats: ExpertStats | None) -> list[float]:

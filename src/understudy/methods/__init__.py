@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # searching needs torch, planning must not wait for it
 
 # settings that only the methods obey that name them
 OPTIONAL = (
-    *("bases", "rank", "grouping", "keep_experts", "layers", "weights", "beam"),
+    *("bases", "rank", "start", "grouping", "keep_experts", "layers", "weights", "beam"),
     *("main_k", "vectors", "renormalise", "fit", "plain"),
 )
 

@@ -67,7 +67,8 @@ def share(problem: Problem, ratio: float, bases: int) -> Choice:
     if not entries:
         return Choice({}, scores=problem.scores, notes=(f"ratio {ratio:g} replaces nothing",))
     how: dict[str, dict[str, bool | int | float | str]] = {kind.name: {"rank": kind.rank}}
-    how[kind.name] |= {"seed": kind.seed} if kind.base else {"base": False}
+    residual: dict[str, str | int] = {"start": kind.start} if kind.start == "residual" else {"seed": kind.seed}
+    how[kind.name] |= residual if kind.base else {"base": False}
     lost = [len(gone.get(key, ())) for key in problem.layers]
     by_mass = problem.settings.scope == "mass"
     notes = [mass_note(threshold, lost) if by_mass else f"layers lose {min(lost)} to {max(lost)} experts"]
@@ -103,7 +104,8 @@ def group(stats: ExpertStats, mass_E: np.ndarray, ids: list[int], bases: int, gr
 
 def _kind(problem: Problem, bases: int) -> SharedBase:
     settings = problem.settings
-    return SHARED_BASE.having({"rank": settings.rank, "base": bases > 0, "seed": settings.seed})
+    start = {"start": settings.start} if bases else {}
+    return SHARED_BASE.having({"rank": settings.rank, "base": bases > 0, "seed": settings.seed} | start)
 
 
 def _order(problem: Problem) -> Ids:
@@ -174,7 +176,7 @@ def direct(name: str, bases: int, paper: str) -> Method:
         scopes=("mass", "layer"),
         choose=partial(share, bases=bases),
         needs=("count",),
-        options=("rank",),
+        options=("rank", "start") if bases else ("rank",),
         most=partial(reach, bases=bases),
         paper=paper,
     )
@@ -189,7 +191,7 @@ LIGHTMOE = Method(
     scopes=("mass", "layer"),
     choose=choose,
     needs=("count", "sequences", "logit_cos_sum", "logit_gram"),
-    options=("bases", "rank", "grouping"),
+    options=("bases", "rank", "start", "grouping"),
     most=most,
     mass=_MASS,
     paper="LightMoE: replaced experts share bases and add low-rank parts, arXiv 2603.12645",

@@ -139,11 +139,11 @@ class _Job:
         modules: list[Any] = [self.student.model.get_submodule(layer.name) for layer in self.student.layers]
         bases = [m.bases for m in modules if getattr(m, "bases", None) is not None and m.bases.dominants]
         given = self.settings.end_ratio
-        if not bases:
-            if given:
-                raise UnderstudyError(
-                    f"--end-ratio has no effect: no experts of {self.folder} share bases that originals could fade into"
-                )
+        near = self.plan is not None and self.plan.how.get("shared_base", {}).get("start") == "residual"
+        if near or not bases:
+            if any(given) or (given and not bases):
+                why = "what shares bases starts near its originals" if bases else "no experts share bases to fade into"
+                raise UnderstudyError(f"{self.folder}: --end-ratio has no effect: {why}")
             return (0.0,)
         method = all_methods().get(self.plan.method) if self.plan else None
         return tuple(dict.fromkeys(given)) or (_FADED if method is None or method.fades else (0.0,))
