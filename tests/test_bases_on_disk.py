@@ -127,7 +127,7 @@ def test_in_bfloat16(tmp_path: Path) -> None:
     folder = small.model_folder(tmp_path / "source", "gpt_oss", torch.bfloat16)
     stats = calibrated(folder, tmp_path / "work", IDS)
     plan = plan_of(stats, {"1": {"shared_base": [[5, 0, 2]]}})
-    for name, one in (("shared", plan), ("thin", without_base(plan))):
+    for name, one in (("shared", plan), ("thin", without_base(plan)), ("near", having(plan, BEST["residual"]))):
         out = apply(folder, one, tmp_path / name, stats=stats).folder
         assert {t.dtype for t in tensors_of(out).values()} == {torch.bfloat16}
 

@@ -67,8 +67,8 @@ def share(problem: Problem, ratio: float, bases: int) -> Choice:
     if not entries:
         return Choice({}, scores=problem.scores, notes=(f"ratio {ratio:g} replaces nothing",))
     how: dict[str, dict[str, bool | int | float | str]] = {kind.name: {"rank": kind.rank}}
-    residual: dict[str, str | int] = {"start": kind.start} if kind.start == "residual" else {"seed": kind.seed}
-    how[kind.name] |= residual if kind.base else {"base": False}
+    starts: dict[str, str | int] = {"start": kind.start} if kind.start == "residual" else {"seed": kind.seed}
+    how[kind.name] |= starts if kind.base else {"base": False}
     lost = [len(gone.get(key, ())) for key in problem.layers]
     by_mass = problem.settings.scope == "mass"
     notes = [mass_note(threshold, lost) if by_mass else f"layers lose {min(lost)} to {max(lost)} experts"]
