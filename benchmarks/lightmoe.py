@@ -230,7 +230,7 @@ class Bench:
         return {"perplexity": found.perplexity["all"], "score": score, "params": found.params["total"]}
 
     def table(self) -> str:
-        """Means over the seeds, and the standard deviation of the score."""
+        """Means over the seeds, standard deviations of the score, and the geometric mean of the perplexities."""
         done = self.done()
         lines = [
             "| model | parameters | trained | " + " | ".join(f"{task} (ppl)" for task in self.tasks) + " | mean |",
@@ -241,7 +241,7 @@ class Bench:
             rows += [(method, share, False) for method in ("mc_smoe", "replace_adapters", "replace_shared")]
             rows += [("lightmoe", share, True), ("lightmoe", share, False), ("residual", share, False)]
         for method, share, chosen in rows:
-            cells, scores, sizes, trained = [], [], [], []
+            cells, scores, perplexities, sizes, trained = [], [], [], [], []
             for task in self.tasks:
                 end = self.end(task, share) if chosen else 0.0
                 mine = [done.get(Cell(task, method, share, end, seed)) for seed in self.a.seeds]
@@ -255,11 +255,14 @@ class Bench:
                 fading = f", end {end:g}" if chosen else ""
                 cells.append(f"{statistics.mean(score):.3f}{spread} ({ppl:.2f}{fading})")
                 scores.append(statistics.mean(score))
+                perplexities.append(ppl)
                 sizes += [entry["params"] for entry in found]
                 trained += [entry["trained"] for entry in found if "trained" in entry]
             label = f"{method} {share:.0%}" if share else method
             label += {True: ", annealed", False: ", end ratio 0" if method == "lightmoe" else ""}[chosen]
-            mean = f"{statistics.mean(scores):.3f}" if len(scores) == len(self.tasks) else "-"
+            mean = "-"
+            if len(scores) == len(self.tasks):
+                mean = f"{statistics.mean(scores):.3f} ({statistics.geometric_mean(perplexities):.2f})"
             size = f"{statistics.mean(sizes) / 1e6:.2f}M" if sizes else "-"
             learnt = f"{statistics.mean(trained) / 1e6:.2f}M" if trained else "-"
             lines.append(f"| {label} | {size} | {learnt} | " + " | ".join(cells) + f" | {mean} |")
