@@ -6,10 +6,10 @@ For each task, text to train on, held-out text and an lm-eval task:
 
 Rows: the original, LoRA on it (peft), LightMoE at several shares of the whole model's parameters, what its paper calls
 direct replacing (one base a layer, and none), and MC-SMoE with LoRA; last, LightMoE whose low-rank parts start as what
-the bases lack (`residual`, not in the paper). The end ratio of LightMoE's annealing is chosen
-for each share on the held-out part of the training text, with the first seed; 0 is in the table beside it. What is done
-is kept in `DIR/runs.jsonl`, and a later call goes on from there; several processes may work on one folder. The runs
-that the paper's claims rest on (LoRA and LightMoE at 30%, everything at 50%) come first.
+the bases lack (`residual`, not in the paper). The end ratio of LightMoE's annealing is chosen for each share on the
+held-out part of the training text, with the first seed; 0 is in the table beside it. What is done is kept in
+`DIR/runs.jsonl`, and a later call goes on from there; several processes may work on one folder. The runs that the
+paper's claims rest on (LoRA and LightMoE at 30%, everything at 50%) come first.
 `--table` prints what is there.
 """
 

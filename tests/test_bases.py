@@ -246,9 +246,6 @@ def test_the_best_of_a_rank(model_type: str, rank: int) -> None:
     """Parts are the truncated singular value decomposition of an expert, or of what a base lacks of it."""
     layer = Layer(model_type)
     cut = layer.cut(GROUPS)
-    with torch.no_grad():
-        for part in cut.bases.adapters.parameters():
-            part.zero_()
     for base in (None, (cut.bases, 1)):
         parts = best_of_rank(layer.whole, 4, rank, base)
         for role, view in channel_views(layer.whole).items():

@@ -115,7 +115,7 @@ def best_of_rank(experts: Any, expert: int, rank: int, base: tuple[Any, int] | N
     """Approximate each matrix of an expert by one of a rank, with the least squared error; or what a base lacks of it.
 
     B A from the largest singular values, their roots on both sides. The vectors come from an eigendecomposition of
-    W W^T or W^T W, whichever is smaller, which takes a quarter of the time; to project onto them loses no precision.
+    W W^T or W^T W, whichever is smaller, which is faster; to project W onto them loses no precision.
 
     Args:
         experts: the live module that holds the expert.
